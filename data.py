@@ -1,0 +1,568 @@
+"""The inputs: training rows, judge prompts with document spans, retrieval datasets, batches.
+
+Everything read from outside is checked here, once, with the file and the line in the message; inside, data is
+trusted. Large files stay on disk: a JSON-lines file is an array of line offsets, and a line is parsed when it
+is asked for. This file never scores, trains or downloads anything.
+
+A training row, one JSON object a line (.jsonl, also .gz and .xz):
+    {"query": "...", "target": "...", "documents": ["...", {"title": "...", "text": "..."}], "positive": 0}
+`target` is the output that the judge predicts; `positive`, the index of the relevant document, is optional:
+no training loss of DREAM reads it, only the selection of heads and the reports do.
+
+A retrieval dataset is a folder or a zip in BEIR's layout: corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv.
+"""
+
+import gzip
+import json
+import lzma
+import os
+import shutil
+import tempfile
+import zipfile
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+
+class InputError(Exception):
+    """Bad input: one line that names the file, the line and the field, and says what to do."""
+
+
+def read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not readable as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def write_atomic(path: str | Path, text: str) -> None:
+    """Write a text file so that a reader finds the old content or the new, never a part."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _open_seekable(path: Path, member: str | None = None) -> BinaryIO:
+    """A file, opened seekable; a compressed one or a zip's member goes to a temporary file first."""
+    try:
+        if member is not None:
+            stream = zipfile.ZipFile(path).open(member)
+        elif path.suffix in (".gz", ".xz"):
+            stream = (gzip.open if path.suffix == ".gz" else lzma.open)(path, "rb")
+        else:
+            return open(path, "rb")
+        unpacked = tempfile.TemporaryFile()
+        with stream:
+            shutil.copyfileobj(stream, unpacked, 1 << 20)
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file") from error
+    except (OSError, EOFError, lzma.LZMAError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from error
+    unpacked.seek(0)
+    return unpacked
+
+
+class JsonLines:
+    """The objects of a JSON-lines file, which may be larger than memory; blank lines do not count."""
+
+    def __init__(self, path: Path, member: str | None = None):
+        self.name = f"{path}:{member}" if member else str(path)
+        self._file = _open_seekable(path, member)
+        self._offsets, self._lines = array("q"), array("q")
+        offset = 0
+        for number, line in enumerate(self._file, 1):
+            if line.strip():
+                self._offsets.append(offset)
+                self._lines.append(number)
+            offset += len(line)
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def where(self, index: int) -> str:
+        """FILE, line N: how messages name an object."""
+        return f"{self.name}, line {self._lines[index]}"
+
+    def __getitem__(self, index: int) -> dict:
+        self._file.seek(self._offsets[index])
+        line = self._file.readline()
+        try:
+            value = json.loads(line.decode("utf-8-sig" if self._lines[index] == 1 else "utf-8"))
+        except ValueError as error:  # also covers UnicodeDecodeError
+            raise InputError(f"{self.where(index)}: not JSON in UTF-8 ({error})") from error
+        if not isinstance(value, dict):
+            raise InputError(f"{self.where(index)}: expected a JSON object, found {type(value).__name__}")
+        return value
+
+    def text(self, index: int, value: dict, key: str, default: str | None = None) -> str:
+        """The string at `key` of object `index`; an empty one counts as missing."""
+        text = value.get(key)
+        if text is not None and not isinstance(text, str):
+            raise InputError(f"{self.where(index)}: {key!r} is {type(text).__name__}, expected a string")
+        text = (text or "").strip() or default
+        if text is None:
+            raise InputError(f"{self.where(index)}: {key!r} is missing or empty")
+        return text
+
+
+@dataclass(frozen=True)
+class Document:
+    title: str
+    text: str
+
+    @property
+    def full_text(self) -> str:
+        """What the retriever embeds, as BEIR joins them."""
+        return f"{self.title} {self.text}".strip()
+
+
+@dataclass
+class Row:
+    index: int
+    query: str
+    target: str
+    documents: list[Document]
+    positive: int | None  # index into documents
+    where: str = ""  # file and line, for messages
+
+
+class Rows:
+    """Training rows from a file; all are checked at the start, parsed again when used.
+
+    num_candidates: at most so many documents of a row are used, the first ones (a mined row lists its best
+    first). Equal documents count once. A row that keeps fewer than two candidates teaches nothing: it is left
+    out, and counted in `skipped`. Raises InputError for anything malformed.
+    """
+
+    def __init__(self, path: str | Path, num_candidates: int | None = None):
+        self.path, self.num_candidates = Path(path), num_candidates
+        self._lines = JsonLines(self.path)
+        rows = (self._parse(i) for i in range(len(self._lines)))
+        self._kept = array("q", (row.index for row in rows if len(row.documents) > 1))
+        self.skipped = len(self._lines) - len(self._kept)
+        if not self._kept:
+            raise InputError(
+                f"{self.path}: no row with a query, a target and at least two different documents"
+            )
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __getitem__(self, index: int) -> Row:
+        return self._parse(self._kept[index])
+
+    def _parse(self, index: int) -> Row:
+        lines, value = self._lines, self._lines[index]
+        where = lines.where(index)
+        target = next((value[key] for key in ("target", "answer", "output") if value.get(key)), None)
+        if isinstance(target, list) and target:
+            target = target[0]
+        if not isinstance(target, str) or not target.strip():
+            raise InputError(
+                f"{where}: no target; give the output to predict as 'target' (or 'answer' or 'output')"
+            )
+        given = value.get("documents")
+        if not isinstance(given, list) or not given:
+            raise InputError(
+                f"{where}: no candidates; give them as 'documents', a list of strings or title/text"
+            )
+        positive = value.get("positive")
+        if positive is not None and (type(positive) is not int or not 0 <= positive < len(given)):
+            raise InputError(
+                f"{where}: 'positive' is {positive!r}, expected an index into {len(given)} documents"
+            )
+        position: dict[Document, int] = {}
+        for number, document in enumerate(given):
+            if isinstance(document, str):
+                document = Document("", document.strip())
+            elif isinstance(document, dict):
+                title = document.get("title") or ""
+                if not isinstance(title, str):
+                    raise InputError(f"{where}: the title of document {number} is not a string")
+                document = Document(title.strip(), lines.text(index, document, "text", default=""))
+            else:
+                raise InputError(f"{where}: document {number} is neither a string nor an object with 'text'")
+            if not document.full_text:
+                raise InputError(f"{where}: document {number} is empty")
+            if self.num_candidates is None or len(position) < self.num_candidates or document in position:
+                position.setdefault(document, len(position))
+            if number == positive:
+                positive_document = document
+        documents = list(position)
+        if positive is not None:
+            positive = position.get(positive_document)  # None where num_candidates cut it off
+        return Row(index, lines.text(index, value, "query"), target.strip(), documents, positive, where)
+
+
+# The prompt begins with words of no document: language models park attention on their first tokens, and were
+# those in a document's span, that document's share would be nothing but the park.
+TEMPLATE = "Read the documents and answer the question.\n\n{documents}Question: {query}\nAnswer: {target}"
+
+
+def document_block(document: Document) -> str:
+    """A document as the judge reads it; all of it lies inside the document's span."""
+    title = f"{document.title}\n" if document.title else ""
+    return f"Document: {title}{document.text}\n\n"
+
+
+@dataclass
+class Prompt:
+    """One query's prompt as token ids. spans[i] = [start, end) of candidate i, wherever it stands."""
+
+    input_ids: list[int]  # instruction, documents, question, target
+    spans: list[tuple[int, int]]
+    question_start: int  # the first token after the documents
+    target_start: int  # the first token of the target
+    target_cut: bool  # the target was longer than max_target
+    tokens_cut: int  # document tokens dropped to fit the context
+
+
+class PromptBuilder:
+    """Builds judge prompts from token ids, segment by segment, and records spans while it does.
+
+    Each segment (instruction, each document, question, target) is tokenised on its own, without special
+    tokens; a BOS, if the judge has one, stands once at the front. Documents are cut to fit `context`, longest
+    first; the query and the instruction never are. Raises InputError where a prompt cannot fit.
+    """
+
+    MIN_DOCUMENT_TOKENS = 16  # below this a block holds little more than its marker and its title
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        context: int,
+        max_target: int = 32,
+        template: str = TEMPLATE,
+        bos_id: int | None = None,
+    ):
+        self.tokenizer, self.context, self.max_target, self.template = (
+            tokenizer,
+            context,
+            max_target,
+            template,
+        )
+        if any(template.count(name) != 1 for name in ("{documents}", "{query}", "{target}")):
+            raise InputError("the judge template must hold {documents}, {query} and {target} once each")
+        instruction, rest = template.split("{documents}")
+        if "{query}" not in rest or not rest.split("{query}")[1].endswith("{target}"):
+            raise InputError("the judge template must hold {documents}, then {query}, and end with {target}")
+        if not instruction.strip():
+            raise InputError("the judge template must begin with words of its own, before {documents}")
+        before, after = rest.removesuffix("{target}").split("{query}")
+        stripped = after.rstrip(" ")
+        self._target_space = after[len(stripped) :]  # byte-level tokens carry the space in front of a word
+        self._before_query, self._after_query = before, stripped
+        self._start = ([bos_id] if bos_id is not None else []) + self._encode([instruction])[0]
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        return [
+            encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        ]
+
+    def build(self, rows: list[Row], orders: list[list[int]] | None = None) -> list[Prompt]:
+        """One prompt a row; orders[b] lists row b's candidates as they stand in it (default: as given)."""
+        orders = orders or [list(range(len(row.documents))) for row in rows]
+        blocks = {document: None for row in rows for document in row.documents}
+        blocks = dict(
+            zip(blocks, self._encode([document_block(document) for document in blocks]), strict=True)
+        )
+        questions = self._encode([self._before_query + row.query + self._after_query for row in rows])
+        targets = self._encode([self._target_space + row.target for row in rows])
+        return [
+            self._assemble(row, order, [blocks[document] for document in row.documents], question, target)
+            for row, order, question, target in zip(rows, orders, questions, targets, strict=True)
+        ]
+
+    def with_query(self, prompts: list[Prompt], query: str) -> list[Prompt]:
+        """The same prompts, documents and targets, with another query (QRHead's calibration asks "N/A")."""
+        question = self._encode([self._before_query + query + self._after_query])[0]
+        changed = []
+        for prompt in prompts:
+            head = prompt.input_ids[: prompt.question_start] + question
+            target = prompt.input_ids[prompt.target_start :]
+            changed.append(replace(prompt, input_ids=head + target, target_start=len(head)))
+        return changed
+
+    def _assemble(
+        self, row: Row, order: list[int], blocks: list[list[int]], question: list[int], target: list[int]
+    ) -> Prompt:
+        if not target:
+            raise InputError(f"{row.where}: the target {row.target!r} has no tokens")
+        target_cut, target = len(target) > self.max_target, target[: self.max_target]
+        room = self.context - len(self._start) - len(question) - len(target)
+        lengths = [len(block) for block in blocks]
+        limit = fit_longest_first(lengths, room)
+        if limit < min(self.MIN_DOCUMENT_TOKENS, max(lengths)):
+            raise InputError(
+                f"{row.where}: the judge's context of {self.context} tokens leaves {max(room, 0)} for its "
+                f"{len(blocks)} documents; use fewer --candidates or a larger --judge-context"
+            )
+        input_ids = list(self._start)
+        spans = [(0, 0)] * len(blocks)
+        for candidate in order:
+            block = blocks[candidate][:limit]
+            spans[candidate] = (len(input_ids), len(input_ids) + len(block))
+            input_ids += block
+        question_start = len(input_ids)
+        input_ids += question
+        cut = sum(max(length - limit, 0) for length in lengths)
+        return Prompt(input_ids + target, spans, question_start, len(input_ids), target_cut, cut)
+
+
+def fit_longest_first(lengths: list[int], room: int) -> int:
+    """The largest limit with sum(min(length, limit)) <= room: long documents share what short ones leave."""
+    left, limit = room, 0
+    for index, length in enumerate(sorted(lengths)):
+        share = left // (len(lengths) - index)
+        if length > share:
+            return max(share, 0)
+        left, limit = left - length, length
+    return limit
+
+
+def shuffled(count: int, *seed: int) -> list[int]:
+    """A permutation of range(count) that depends on the seed numbers alone."""
+    return np.random.default_rng(seed).permutation(count).tolist()
+
+
+@dataclass
+class JudgeBatch:
+    """Prompts as tensors, split where the graph begins: a prefix read without a graph, a suffix of injected
+    rows.
+
+    P, T: longest prefix and suffix; N: most candidates of a prompt; K: target tokens of all prompts together.
+    All on one device, right-padded.
+    """
+
+    prefix_ids: Tensor  # (B, P)
+    prefix_lengths: Tensor  # (B,)
+    suffix_ids: Tensor  # (B, T) the rows after the prefix, up to the one that predicts the last target token
+    documents: Tensor  # (B, P) the candidate each key belongs to, N for none
+    present: Tensor  # (B, N) bool, which candidates exist
+    target_rows: Tensor  # (K,) which of the B*T suffix rows predict target tokens
+    target_ids: Tensor  # (K,) the tokens they predict
+    target_owner: Tensor  # (B, K) float32: 1 where the prompt owns the target token
+    num_tokens: int  # real tokens of prefixes and suffixes
+
+
+def collate(prompts: list[Prompt], device: torch.device, rows: str = "target") -> JudgeBatch:
+    """Tensors of some prompts. rows: "target": the query is part of the prefix; "suffix": it is injected too."""
+    num_documents = max(len(prompt.spans) for prompt in prompts)
+    starts = [prompt.target_start - 1 if rows == "target" else prompt.question_start for prompt in prompts]
+    prefixes = [prompt.input_ids[:start] for prompt, start in zip(prompts, starts, strict=True)]
+    suffixes = [prompt.input_ids[start:-1] for prompt, start in zip(prompts, starts, strict=True)]
+    width = max(map(len, suffixes))
+    documents, target_rows, target_ids = [], [], []
+    counts = [len(prompt.input_ids) - prompt.target_start for prompt in prompts]
+    for number, (prompt, suffix, count) in enumerate(zip(prompts, suffixes, counts, strict=True)):
+        owner = [num_documents] * len(prefixes[number])
+        for candidate, (first, end) in enumerate(prompt.spans):
+            owner[first:end] = [candidate] * (end - first)
+        documents.append(owner)
+        target_rows += range(number * width + len(suffix) - count, number * width + len(suffix))
+        target_ids += prompt.input_ids[prompt.target_start :]
+    counts = torch.tensor(counts)
+    present = torch.arange(num_documents) < torch.tensor([[len(prompt.spans)] for prompt in prompts])
+    target_owner = torch.zeros(len(prompts), len(target_ids))
+    target_owner[torch.arange(len(prompts)).repeat_interleave(counts), torch.arange(len(target_ids))] = 1.0
+    prefix_ids, prefix_lengths = pad(prefixes, device)
+    return JudgeBatch(
+        prefix_ids,
+        prefix_lengths,
+        pad(suffixes, device)[0],
+        pad(documents, device, value=num_documents)[0],
+        to_device(present, device),
+        to_device(torch.tensor(target_rows), device),
+        to_device(torch.tensor(target_ids), device),
+        to_device(target_owner, device),
+        sum(map(len, prefixes)) + sum(map(len, suffixes)),
+    )
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy to the device without making the host wait."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def pad(token_ids: list[list[int]], device: torch.device, value: int = 0) -> tuple[Tensor, Tensor]:
+    """Right-pad lists of ids: (B, T) int64 and their lengths (B,) int64."""
+    lengths = [len(ids) for ids in token_ids]
+    width = max(lengths)
+    padded = torch.tensor([ids + [value] * (width - len(ids)) for ids in token_ids], dtype=torch.int64)
+    return to_device(padded, device), to_device(torch.tensor(lengths), device)
+
+
+def token_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
+    """Indices of texts in batches of similar length, longest first, each at most max_tokens when padded.
+
+    A text longer than max_tokens is a batch of its own.
+    """
+    batches: list[list[int]] = []
+    width = 0
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if not batches or (len(batches[-1]) + 1) * width > max_tokens:
+            batches.append([])
+            width = max(lengths[index], 1)
+        batches[-1].append(index)
+    return batches
+
+
+@dataclass
+class RetrievalDataset:
+    """Queries with judgements, and a corpus that stays on disk."""
+
+    name: str
+    split: str
+    path: Path
+    queries: dict[str, str]  # only those with judgements
+    qrels: dict[str, dict[str, int]]
+    groups: dict[str, set[str]] = field(default_factory=dict)  # of queries, from their metadata
+    _corpus: "Corpus" = None
+
+    @property
+    def num_documents(self) -> int:
+        return len(self._corpus)
+
+    def corpus(self) -> Iterator[tuple[str, str]]:
+        """(document id, text) in the file's order, streamed from disk; text as BEIR joins title and text."""
+        return ((doc_id, document.full_text) for doc_id, document in self._corpus)
+
+
+class Corpus:
+    """The documents of a corpus.jsonl {_id, title, text}: streamed, or fetched by number."""
+
+    def __init__(self, path: Path, member: str | None = None):
+        self._lines = JsonLines(path, member)
+        self.name = self._lines.name
+        if not len(self._lines):
+            raise InputError(f"{self.name}: no documents")
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __getitem__(self, index: int) -> tuple[str, Document]:
+        value = self._lines[index]
+        title = self._lines.text(index, value, "title", default="")
+        return _identifier(self._lines, index, value), Document(
+            title, self._lines.text(index, value, "text", "")
+        )
+
+    def __iter__(self) -> Iterator[tuple[str, Document]]:
+        return (self[index] for index in range(len(self)))
+
+    def ids(self) -> dict[str, int]:
+        """id -> number; the place where duplicate ids are found."""
+        numbers: dict[str, int] = {}
+        for index, (doc_id, _) in enumerate(self):
+            if numbers.setdefault(doc_id, index) != index:
+                first = self._lines.where(numbers[doc_id]).rsplit(", ", 1)[-1]
+                raise InputError(f"{self._lines.where(index)}: _id {doc_id!r} stands already on {first}")
+        return numbers
+
+
+def _identifier(lines: JsonLines, index: int, value: dict, key: str = "_id") -> str:
+    identifier = value.get(key)
+    if isinstance(identifier, int) and not isinstance(identifier, bool):
+        return str(identifier)
+    if not isinstance(identifier, str) or not identifier:
+        raise InputError(f"{lines.where(index)}: {key!r} is missing or not a string")
+    return identifier
+
+
+def load_beir(path: str | Path, split: str = "test") -> RetrievalDataset:
+    """Read a BEIR folder or zip: corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv. Raises InputError.
+
+    Judgements of documents that are not in the corpus are kept, as BEIR keeps them: such a document cannot be
+    found.
+    """
+    path = Path(path)
+    if path.is_dir():
+
+        def open_part(name: str) -> tuple[Path, str | None]:
+            return path / name, None
+    elif zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            members = archive.namelist()
+
+        def open_part(name: str) -> tuple[Path, str | None]:
+            found = [
+                m
+                for m in members
+                if m == name or m.endswith(f"/{name}") and m.count("/") - name.count("/") == 1
+            ]
+            if not found:
+                raise InputError(
+                    f"{path}: holds no {name}; expected BEIR's corpus.jsonl, queries.jsonl, qrels/"
+                )
+            return path, found[0]
+    else:
+        raise InputError(f"{path}: neither a folder nor a zip; give a dataset in BEIR's layout")
+
+    qrels = _read_qrels(*open_part(f"qrels/{split}.tsv"))
+    lines = JsonLines(*open_part("queries.jsonl"))
+    queries: dict[str, str] = {}
+    groups: dict[str, set[str]] = {}
+    for index in range(len(lines)):
+        value = lines[index]
+        query_id = _identifier(lines, index, value)
+        if query_id not in qrels:
+            continue
+        if query_id in queries:
+            raise InputError(f"{lines.where(index)}: _id {query_id!r} occurs twice")
+        queries[query_id] = lines.text(index, value, "text")
+        metadata = value.get("metadata")
+        if isinstance(metadata, dict) and isinstance(metadata.get("entity"), str):
+            groups.setdefault(metadata["entity"], set()).add(query_id)
+    if missing := next((query_id for query_id in qrels if query_id not in queries), None):
+        raise InputError(f"{lines.name}: query {missing!r} has judgements in {split} but no text here")
+    corpus = Corpus(*open_part("corpus.jsonl"))
+    corpus.ids()  # every line is checked now, not after hours of encoding
+    return RetrievalDataset(
+        path.resolve().name.removesuffix(".zip"), split, path, queries, qrels, groups, corpus
+    )
+
+
+def _read_qrels(path: Path, member: str | None) -> dict[str, dict[str, int]]:
+    if member is None and not path.exists():
+        splits = sorted(file.stem for file in path.parent.glob("*.tsv"))
+        raise InputError(f"{path}: no such file; splits there: {', '.join(splits) or 'none'}")
+    name = f"{path}:{member}" if member else str(path)
+    qrels: dict[str, dict[str, int]] = {}
+    with _open_seekable(path, member) as file:
+        for number, line in enumerate(file, 1):
+            try:
+                fields = line.decode("utf-8-sig").rstrip("\r\n").split("\t")
+            except UnicodeDecodeError as error:
+                raise InputError(f"{name}, line {number}: not UTF-8") from error
+            if fields == [""]:
+                continue
+            try:
+                query_id, doc_id, score = fields
+                grade = int(score)
+            except ValueError as error:
+                if number == 1:
+                    continue  # the header
+                raise InputError(
+                    f"{name}, line {number}: expected query-id, corpus-id and a whole score with tabs between"
+                ) from error
+            qrels.setdefault(query_id, {})[doc_id] = grade
+    if not qrels:
+        raise InputError(f"{name}: no judgements")
+    return qrels

@@ -1,0 +1,1067 @@
+"""DREAM: train a retriever with nothing but a frozen language model's next-token loss.
+
+    python dream.py train                                     the demo, on a CPU, into runs/demo
+    python dream.py train --train rows.jsonl --judge DIR --retriever DIR --out runs/mine
+    python dream.py train --resume runs/mine                  go on where it stopped
+    python dream.py heads --train rows.jsonl --judge DIR --out heads.json
+    python dream.py mine --corpus corpus.jsonl --questions questions.jsonl --out rows.jsonl
+
+One training step:
+
+    rows --tokenise--> queries, documents, targets
+                         |
+     retriever (chunks, no graph) --> embeddings, float32 --> leaves --> s = q.d --> log_softmax(s / tau)
+                                                                ^                         |
+     judge: prefix once, no graph --> keys, values per layer    |                         |
+     judge: suffix rows --> attention of selected heads --------|-------------------------+--> logits --> loss
+                                                                | backward: d loss / d embeddings
+     retriever again, chunk by chunk with a graph  <------------+  --> LoRA gradients --> clip --> AdamW
+
+The documents' rows of the judge never depend on the scores (its mask is causal and only later rows are
+injected), so they are read once without a graph; below the first layer with a selected head nothing has a
+graph at all. The judge sees the retriever only through the embeddings: they are leaves, and peak memory is
+the larger of the two models, not their sum.
+
+This file never changes the judge, reads no labels in its loss, and writes only into the run's folder.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from attention import Injection, exact
+from data import (
+    TEMPLATE,
+    Corpus,
+    InputError,
+    JsonLines,
+    JudgeBatch,
+    Prompt,
+    PromptBuilder,
+    RetrievalDataset,
+    Row,
+    Rows,
+    collate,
+    load_beir,
+    read_json,
+    shuffled,
+    to_device,
+    write_atomic,
+)
+from eval import BM25, bm25_hits, dense_hits, evaluate_embedder, evaluate_hits, resolve_dataset
+from model import (
+    PROJECTIONS,
+    Cache,
+    CausalLM,
+    Checkpoint,
+    Config,
+    Embedder,
+    Probe,
+    add_lora,
+    find_folder,
+    load_adapter,
+    load_embedder,
+    load_tokenizer,
+    pick_device,
+    pick_dtype,
+    resolve_run,
+    save_embedder,
+)
+
+DEMO = Path(__file__).resolve().parent / "demo"
+
+Heads = list[tuple[int, int]]  # (layer, query head)
+
+
+# The judge
+
+
+def read_prefix(judge: CausalLM, batch: JudgeBatch) -> Cache:
+    """Keys and values of all before the injected rows: no score reaches them, so no graph is needed."""
+    cache = Cache(batch.prefix_lengths)
+    with torch.no_grad():
+        judge.model(batch.prefix_ids, store=cache)
+    return cache
+
+
+def target_loss(
+    judge: CausalLM,
+    batch: JudgeBatch,
+    cache: Cache,
+    injection: Injection | None = None,
+    probe: Probe | None = None,
+) -> Tensor:
+    """Each prompt's mean next-token loss over its target tokens, (B,) float32, in nats."""
+    hidden = judge.model(batch.suffix_ids, prefix=cache, injection=injection, probe=probe)  # (B, T, C)
+    # Only the rows that predict target tokens reach the output projection: with 152k words it outweighs a
+    # layer.
+    logits = judge.lm_head(hidden.flatten(0, 1)[batch.target_rows])  # (K, V)
+    nll = F.cross_entropy(exact(logits), batch.target_ids, reduction="none")  # (K,)
+    owner = batch.target_owner.to(nll.dtype)  # (B, K)
+    return owner @ nll / owner.sum(-1)
+
+
+def head_tensors(heads: Heads, device: torch.device) -> dict[int, Tensor]:
+    """layer -> its heads, as the injection wants them; made once, so that no step waits for a copy."""
+    layers = sorted({layer for layer, _ in heads})
+    return {la: torch.tensor(sorted(h for other, h in heads if other == la), device=device) for la in layers}
+
+
+def log_softmax_scores(scores: Tensor, present: Tensor, temperature: float) -> Tensor:
+    """log w = log_softmax(s / tau) over each query's candidates, (B, N) float32; -inf where there is none."""
+    return (exact(scores) / temperature).masked_fill(~present, -torch.inf).log_softmax(-1)
+
+
+def dream_loss(
+    judge: CausalLM,
+    batch: JudgeBatch,
+    log_weights: Tensor,
+    heads: dict[int, Tensor],
+    keep_budget: bool = True,
+    cache: Cache | None = None,
+) -> Tensor:
+    """DREAM's objective: the target's loss when `heads` read the documents by the retriever's weights. (B,)
+    float32.
+
+    log_weights: (B, N). Every suffix row of the batch is injected. cache: of the prefix, if it was read
+    before.
+    """
+    first_row = torch.zeros_like(batch.prefix_lengths)
+    injection = Injection(log_weights, batch.documents, heads, first_row, 0, keep_budget)
+    return target_loss(judge, batch, cache or read_prefix(judge, batch), injection)
+
+
+Objective = Callable[[JudgeBatch, Tensor], Tensor]  # (batch, log weights (B, N)) -> loss of each query (B,)
+
+
+def training_step(
+    retriever: Embedder,
+    builder: PromptBuilder,
+    objective: Objective,
+    rows: list[Row],
+    args: argparse.Namespace,
+    seed: tuple[int, ...],
+) -> dict[str, Tensor]:
+    """Add the gradient of the mean loss over `rows` to the retriever's trainable parameters.
+
+    seed: decides the order of the candidates in the prompts and the dropout, nothing else; micro-batch sizes
+    decide nothing. Returns scalars on the device, not read yet: loss, effective number of candidates
+    exp(H(w)), the weight on the relevant document where it is known; and how many tokens were read.
+    """
+    device = retriever.device
+    texts = {(row.query, "query"): 0 for row in rows}
+    texts |= {(document.full_text, "document"): 0 for row in rows for document in row.documents}
+    for number, key in enumerate(texts):  # each distinct text is embedded once
+        texts[key] = number
+    token_ids: list[list[int]] = []
+    for kind in ("query", "document"):
+        token_ids += retriever.tokenize([text for text, own in texts if own == kind], kind)
+    by_length = sorted(range(len(token_ids)), key=lambda i: -len(token_ids[i]))
+    chunks = [by_length[i : i + args.retriever_batch] for i in range(0, len(by_length), args.retriever_batch)]
+
+    def embed(number: int) -> Tensor:
+        if args.lora_dropout:
+            torch.manual_seed(
+                random.Random(repr((*seed, number))).getrandbits(63)
+            )  # the same mask both times
+        return retriever.embed([token_ids[i] for i in chunks[number]])
+
+    # 1. Score. The embeddings become leaves; a single chunk keeps its graph and is not computed twice.
+    with torch.set_grad_enabled(len(chunks) == 1):
+        parts = [embed(number) for number in range(len(chunks))]
+    position = torch.empty(len(token_ids), dtype=torch.int64)
+    position[torch.tensor(by_length)] = torch.arange(len(token_ids))  # text -> its row among the embeddings
+    embeddings = torch.cat([part.detach() for part in parts]).requires_grad_()  # (U, C) float32
+
+    # 2. Inject, predict, backward down to the embeddings.
+    stats = {
+        name: torch.zeros((), device=device) for name in ("loss", "effective_candidates", "positive_weight")
+    }
+    judge_tokens, labelled = 0, 0
+    for first in range(0, len(rows), args.judge_batch):
+        some = rows[first : first + args.judge_batch]
+        orders = [shuffled(len(row.documents), *seed, row.index) for row in some]
+        batch = collate(builder.build(some, orders), device, args.inject_rows)
+        queries = [texts[row.query, "query"] for row in some]
+        padding = [0] * batch.present.shape[1]
+        documents = [
+            ([texts[d.full_text, "document"] for d in row.documents] + padding)[: len(padding)]
+            for row in some
+        ]
+        q = embeddings[to_device(position[queries], device)]  # (B, C)
+        d = embeddings[to_device(position[torch.tensor(documents)], device)]  # (B, N, C)
+        scores = torch.einsum("bc,bnc->bn", q, d)
+        log_weights = log_softmax_scores(scores, batch.present, args.temperature)
+        loss = objective(batch, log_weights).sum() / len(rows)
+        loss.backward()
+        with torch.no_grad():
+            stats["loss"] += loss
+            entropy = -(log_weights.exp() * log_weights.masked_fill(~batch.present, 0.0)).sum(-1)  # (B,)
+            stats["effective_candidates"] += entropy.exp().sum() / len(rows)
+            known = [(b, row.positive) for b, row in enumerate(some) if row.positive is not None]
+            if known:
+                index = to_device(torch.tensor(known), device)
+                stats["positive_weight"] += log_weights[index[:, 0], index[:, 1]].exp().sum()
+        judge_tokens += batch.num_tokens
+        labelled += len(known)
+
+    # 3. From the embeddings' gradient into the retriever.
+    start = 0
+    for number, part in enumerate(parts):
+        gradient = embeddings.grad[start : start + len(part)]
+        (part if len(chunks) == 1 else embed(number)).backward(gradient)
+        start += len(part)
+    stats["positive_weight"] = stats["positive_weight"] / labelled if labelled else None
+    stats["tokens"] = judge_tokens + sum(map(len, token_ids))
+    return stats
+
+
+# Choosing the heads (QRHead, arXiv 2506.09944, on the rows that will be injected)
+
+
+def relevant_document(row: Row) -> tuple[int | None, str]:
+    """The relevant document's index and how it is known: by label, by holding the answer, or not at all."""
+    if row.positive is not None:
+        return row.positive, "label"
+    holders = [i for i, d in enumerate(row.documents) if row.target.lower() in d.full_text.lower()]
+    return (holders[0], "answer") if len(holders) == 1 else (None, "none")
+
+
+def attention_on_prefix(
+    judge: CausalLM, prompts: list[Prompt], device: torch.device, rows: str
+) -> tuple[Tensor, JudgeBatch]:
+    """Every head's attention to the prefix's keys, (B, L, Hq, P) float32, averaged over the rows that are
+    read.
+
+    rows: "target", those that predict the target (teacher-forced); "query", those of the question, as QRHead.
+    """
+    batch = collate(prompts, device, "target" if rows == "target" else "suffix")
+    weights = torch.zeros(batch.suffix_ids.shape, device=device)  # (B, T)
+    if rows == "target":
+        weights.view(-1)[batch.target_rows] = 1.0
+        weights /= weights.sum(-1, keepdim=True)
+    else:
+        for number, prompt in enumerate(prompts):
+            count = prompt.target_start - prompt.question_start
+            weights[number, :count] = 1 / count
+    probe = Probe(weights)
+    with torch.no_grad():
+        judge.model(batch.suffix_ids, prefix=read_prefix(judge, batch), probe=probe)
+    return torch.stack([a[..., : batch.documents.shape[1]] for a in probe.attention], 1), batch
+
+
+def document_shares(attention: Tensor, batch: JudgeBatch, baseline: Tensor | None = None) -> Tensor:
+    """Attention (B, L, Hq, P) summed over each document's tokens: (B, L, Hq, N).
+
+    baseline: the same under a query that asks nothing. QRHead's calibration takes it off token by token, and
+    drops tokens that lie more than two standard deviations below their document's mean.
+    """
+    num_documents = batch.present.shape[1]
+    owner = F.one_hot(batch.documents, num_documents + 1)[..., :num_documents].float()  # (B, P, N)
+    if baseline is not None:
+        width = min(
+            attention.shape[-1], baseline.shape[-1]
+        )  # the questions differ in length, after the documents
+        owner, attention = owner[:, :width], attention[..., :width] - baseline[..., :width]
+        count = owner.sum(1).clamp(min=1)[:, None, None]  # (B, 1, 1, N)
+        mean = torch.einsum("blhp,bpn->blhn", attention, owner) / count
+        square = torch.einsum("blhp,bpn->blhn", attention.square(), owner) / count
+        floor = mean - 2 * (square - mean.square()).clamp(min=0).sqrt()  # (B, L, Hq, N)
+        attention = attention * (attention >= torch.einsum("blhn,bpn->blhp", floor, owner))
+    return torch.einsum("blhp,bpn->blhn", attention, owner)
+
+
+def score_heads(
+    judge: CausalLM, builder: PromptBuilder, rows: list[Row], args: argparse.Namespace, device: torch.device
+) -> tuple[Tensor, dict[str, int]]:
+    """How much each head attends to the relevant document when the judge predicts the target.
+
+    Returns scores (L, Hq) and how many rows told their relevant document in which way. Where no row tells its
+    relevant document, scores are the mean norm of the loss's gradient with respect to the retriever's scores
+    at uniform weights, each head injected alone.
+    """
+    labels = {row.index: relevant_document(row) for row in rows}
+    kinds = {"label": 0, "answer": 0, "none": 0}
+    for _, kind in labels.values():
+        kinds[kind] += 1
+    blind = kinds["none"] == len(rows)
+    scores = torch.zeros(judge.config.num_hidden_layers, judge.config.num_attention_heads, device=device)
+    usable = rows[:32] if blind else [row for row in rows if labels[row.index][0] is not None]
+    for first in tqdm(range(0, len(usable), args.judge_batch), desc="heads", unit="batch"):
+        some = usable[first : first + args.judge_batch]
+        orders = [shuffled(len(row.documents), args.seed, row.index) for row in some]
+        prompts = builder.build(some, orders)
+        if blind:
+            scores += _gradient_norms(judge, prompts, args, device) / len(usable)
+            continue
+        attention, batch = attention_on_prefix(judge, prompts, device, args.detect_rows)
+        baseline = None
+        if args.calibrate:
+            baseline, _ = attention_on_prefix(
+                judge, builder.with_query(prompts, "N/A"), device, args.detect_rows
+            )
+        shares = document_shares(attention, batch, baseline)  # (B, L, Hq, N)
+        for number, row in enumerate(some):
+            scores += shares[number, :, :, labels[row.index][0]] / len(usable)
+    return scores.cpu(), kinds
+
+
+def _gradient_norms(
+    judge: CausalLM, prompts: list[Prompt], args: argparse.Namespace, device: torch.device
+) -> Tensor:
+    """(L, Hq): the norm of d loss / d scores at uniform weights, one head injected, summed over prompts."""
+    batch = collate(prompts, device, args.inject_rows)
+    cache = read_prefix(judge, batch)
+    norms = torch.zeros(judge.config.num_hidden_layers, judge.config.num_attention_heads, device=device)
+    for layer in range(norms.shape[0]):
+        for head in range(norms.shape[1]):
+            scores = torch.zeros(batch.present.shape, device=device, requires_grad=True)
+            log_weights = log_softmax_scores(scores, batch.present, 1.0)
+            heads = head_tensors([(layer, head)], device)
+            dream_loss(judge, batch, log_weights, heads, args.document_mass == "keep", cache).sum().backward()
+            norms[layer, head] = scores.grad.norm(dim=-1).sum()
+    return norms
+
+
+def choose_heads(scores: Tensor, kind: str, count: int, seed: int) -> Heads:
+    """The top, worst, random or all heads of a layer x head map of scores, best first."""
+    every = [divmod(i, scores.shape[1]) for i in scores.flatten().argsort(descending=True).tolist()]
+    if kind == "random":
+        return random.Random(seed).sample(sorted(every), count)
+    return {"top": every[:count], "worst": every[-count:], "all": every}[kind]
+
+
+def describe_heads(
+    judge: CausalLM,
+    builder: PromptBuilder,
+    rows: list[Row],
+    heads: Heads,
+    args: argparse.Namespace,
+    device: torch.device,
+) -> dict:
+    """Can these heads teach? Figures over rows whose relevant document is known, all losses in nats per
+    token.
+
+    budget: the share of attention that the heads give to documents. context_gain: the target's loss with a
+    random document alone, less that with the relevant one. steering: the loss with the whole weight on each
+    candidate in turn; its range (worst less best candidate), and how often the best candidate is the relevant
+    one.
+    """
+    known = [(row, relevant_document(row)[0]) for row in rows]
+    known = [(row, positive) for row, positive in known if positive is not None]
+    tensors = head_tensors(heads, device)
+    budget, ranges, hits, gains = 0.0, [], 0, []
+    for first in tqdm(range(0, len(rows), args.judge_batch), desc="steering", unit="batch"):
+        some = rows[first : first + args.judge_batch]
+        prompts = builder.build(some, [shuffled(len(row.documents), args.seed, row.index) for row in some])
+        shares = document_shares(*attention_on_prefix(judge, prompts, device, "target")).sum(
+            (0, -1)
+        )  # (L, Hq)
+        budget += sum(float(shares[layer, head]) for layer, head in heads)
+        losses = steering(judge, prompts, tensors, args, device)  # (B, N)
+        ranges += (losses.masked_fill(losses.isinf(), -torch.inf).amax(-1) - losses.amin(-1)).tolist()
+        best = losses.argmin(-1).tolist()
+        hits += sum(best[number] == relevant_document(row)[0] for number, row in enumerate(some))
+    report = {"budget": budget / len(heads) / len(rows)}
+    report["steering_range"] = sum(ranges) / len(ranges)
+    report["steering_best_is_relevant"] = hits / len(known) if known else None
+    for first in range(0, len(known) - 1, args.judge_batch):
+        some = known[first : first + args.judge_batch]
+        others = [known[(first + i + len(known) // 2) % len(known)] for i in range(len(some))]
+        losses = []
+        for pairs in (some, others):
+            single = [
+                Row(row.index, row.query, row.target, [other.documents[positive]], 0)
+                for (row, _), (other, positive) in zip(some, pairs, strict=True)
+            ]
+            batch = collate(builder.build(single), device)
+            with torch.no_grad():
+                losses.append(target_loss(judge, batch, read_prefix(judge, batch)))
+        gains += (losses[1] - losses[0]).tolist()
+    report["context_gain"] = sum(gains) / len(gains) if gains else None
+    return report
+
+
+@torch.no_grad()
+def steering(
+    judge: CausalLM,
+    prompts: list[Prompt],
+    heads: dict[int, Tensor],
+    args: argparse.Namespace,
+    device: torch.device,
+) -> Tensor:
+    """(B, N): the target's loss with the whole weight on each candidate in turn; inf where there is none."""
+    batch = collate(prompts, device, args.inject_rows)
+    cache = read_prefix(judge, batch)
+    losses = []
+    for candidate in range(batch.present.shape[1]):
+        alone = torch.full(batch.present.shape, -torch.inf, device=device)
+        alone[:, candidate] = 0.0
+        losses.append(dream_loss(judge, batch, alone, heads, args.document_mass == "keep", cache))
+    return torch.stack(losses, 1).masked_fill(~batch.present, torch.inf)
+
+
+def head_map(scores: Tensor, heads: Heads) -> str:
+    """The layer x head map for a terminal: scores in percent of the best, chosen heads in brackets."""
+    chosen, top = set(heads), max(float(scores.max()), 1e-12)
+    lines = ["layer  head " + "".join(f"{head:^5}" for head in range(scores.shape[1]))]
+    for layer, row in enumerate(scores.tolist()):
+        cells = (round(100 * max(score, 0.0) / top) for score in row)
+        marked = (
+            f"[{cell:>3}]" if (layer, head) in chosen else f" {cell:>3} " for head, cell in enumerate(cells)
+        )
+        lines.append(f"{layer:>5}       " + "".join(marked))
+    return "\n".join(lines)
+
+
+def select_heads(
+    judge: CausalLM, builder: PromptBuilder, rows: list[Row], args: argparse.Namespace, device: torch.device
+) -> tuple[Heads, dict]:
+    """The heads to inject, and what heads.json says of them. Prints the map and the report."""
+    total = judge.config.num_hidden_layers * judge.config.num_attention_heads
+    count = args.num_heads or max(1, min(16, total // 4))
+    if count > total:
+        raise InputError(f"--num-heads {count}: the judge has {total} heads")
+    saved = {
+        "judge": str(args.judge),
+        "template": builder.template,
+        "detect_rows": args.detect_rows,
+        "calibrate": args.calibrate,
+    }
+    if args.heads in ("top", "random", "worst", "all"):
+        scores, labels = score_heads(judge, builder, rows, args, device)
+        heads = choose_heads(scores, args.heads, count, args.seed)
+        saved |= {"heads": args.heads, "labels": labels, "scores": scores.tolist()}
+    else:
+        path = Path(args.heads)
+        saved = {**saved, **(given := read_json(path))}
+        heads = [tuple(pair) for pair in given.get("selected", [])]
+        shape = (judge.config.num_hidden_layers, judge.config.num_attention_heads)
+        if not heads or any(
+            len(p) != 2 or not (0 <= p[0] < shape[0] and 0 <= p[1] < shape[1]) for p in heads
+        ):
+            raise InputError(
+                f"{path}: 'selected' must list [layer, head] pairs of {shape[0]} layers of {shape[1]} heads"
+            )
+        if given.get("template", builder.template) != builder.template:
+            print(f"warning: the heads in {path} were detected with another judge template", flush=True)
+        scores = torch.tensor(given.get("scores") or torch.zeros(shape).tolist())
+    report = describe_heads(judge, builder, rows, heads, args, device)
+    print(head_map(scores, heads))
+    print_report(saved.get("labels"), len(rows), heads, total, report)
+    return heads, {**saved, "selected": [list(pair) for pair in heads], "report": report}
+
+
+def print_report(labels: dict | None, num_rows: int, heads: Heads, total: int, report: dict) -> None:
+    kinds = ", ".join(f"{count} by {kind}" for kind, count in (labels or {}).items() if count)
+    gain, best = report["context_gain"], report["steering_best_is_relevant"]
+    print(
+        f"{len(heads)} of {total} heads, on {num_rows} rows set aside"
+        + (f" (relevant document known: {kinds})" if kinds else "")
+    )
+    print(f"  documents' share of their attention   {report['budget']:.2f}")
+    print(
+        "  context gain                          " + (f"{gain:.2f} nats" if gain is not None else "unknown")
+    )
+    print(
+        f"  steering range                        {report['steering_range']:.2f} nats"
+        + (f", best candidate is the relevant one in {best:.0%}" if best is not None else "")
+    )
+    if report["steering_range"] < 0.05:
+        print("warning: the steering range is under 0.05 nats: these heads cannot teach")
+    if labels and labels["none"] == num_rows:
+        print("note: no row tells its relevant document; heads are ranked by the gradient of the loss")
+    sys.stdout.flush()
+
+
+# Training
+
+
+def learning_rate(step: int, args: argparse.Namespace) -> float:
+    """Linear warm-up, then a cosine down to a tenth; step counts from 0."""
+    warmup = max(1, round(args.warmup * args.steps))
+    if step < warmup:
+        return args.lr * (step + 1) / warmup
+    progress = (step - warmup) / max(1, args.steps - warmup)
+    return args.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def step_rows(step: int, rows: Rows, usable: list[int], args: argparse.Namespace) -> list[Row]:
+    """The rows of a step: epoch after epoch in an order that depends on the seed and the epoch alone."""
+    chosen = []
+    for number in range(step * args.batch, (step + 1) * args.batch):
+        epoch, position = divmod(number, len(usable))
+        if not chosen or position == 0:
+            order = shuffled(len(usable), args.seed, epoch)
+        chosen.append(rows[usable[order[position]]])
+    return chosen
+
+
+def build_retriever(
+    args: argparse.Namespace, device: torch.device, dtype: torch.dtype, judge: Checkpoint, resume: Path | None
+) -> Embedder:
+    """The retriever to train: a base with LoRA, or all its weights in float32; or as saved in `resume`."""
+    same = Path(args.retriever).resolve() == judge.folder.resolve()
+    if args.full:
+        checkpoint = Checkpoint(resume or args.retriever, device, torch.float32)
+        decoder = checkpoint.decoder().requires_grad_()
+    else:
+        checkpoint = judge if same else Checkpoint(args.retriever, device, dtype)  # one copy of equal weights
+        decoder = checkpoint.decoder()
+        if resume:
+            load_adapter(decoder, resume)
+        else:
+            torch.manual_seed(args.seed)
+            add_lora(decoder, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets)
+    prompts = {"query": args.query_prompt, "document": args.document_prompt}
+    tokenizer = load_tokenizer(find_folder(args.retriever), checkpoint.config)
+    return Embedder(decoder, tokenizer, args.max_length, prompts, args.append_eos, dtype)
+
+
+def trainable(retriever: Embedder) -> dict[str, torch.nn.Parameter]:
+    return {name: p for name, p in retriever.decoder.named_parameters() if p.requires_grad}
+
+
+def save_checkpoint(
+    out: Path,
+    step: int,
+    retriever: Embedder,
+    optimizer: torch.optim.Optimizer,
+    args: argparse.Namespace,
+    best: dict,
+) -> None:
+    """Write OUT/step-N whole or not at all and point checkpoints.json at it; keep the last and the best."""
+    folder = out / f"step-{step:06d}"
+    temporary = out / f".{folder.name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    save_embedder(retriever, temporary, str(Path(args.retriever).resolve()))
+    state = {
+        f"{name}.{key}": value.contiguous()
+        for name, parameter in trainable(retriever).items()
+        for key, value in optimizer.state[parameter].items()
+    }
+    save_file(state, temporary / "optimizer.safetensors")
+    write_atomic(temporary / "trainer.json", json.dumps({"step": step, "best": best}, indent=1) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+    names = {"last": folder.name, "best": f"step-{best['step']:06d}" if best else None}
+    write_atomic(out / "checkpoints.json", json.dumps(names, indent=1) + "\n")
+    for other in out.glob("step-*"):
+        if other.name not in names.values():
+            shutil.rmtree(other)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, retriever: Embedder, folder: Path) -> None:
+    saved = load_file(folder / "optimizer.safetensors")
+    state = {
+        number: {key: saved[f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+        for number, name in enumerate(trainable(retriever))
+    }
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def train(args: argparse.Namespace) -> None:
+    """The training loop: score, inject, predict, backward, step; now and then evaluate and save."""
+    out = Path(args.out)
+    resume = None
+    if args.resume:
+        resume = out / read_json(out / "checkpoints.json")["last"]
+    elif (out / "checkpoints.json").exists():
+        if not args.overwrite:
+            raise InputError(f"{out}: holds a run already; --resume {out} goes on, --overwrite starts anew")
+    device = pick_device(args.device)
+    dtype, reason = pick_dtype(args.dtype, device)
+    print_settings(args, device, dtype, reason)
+
+    rows = Rows(args.train, args.candidates)
+    order = shuffled(len(rows), args.seed)
+    aside = min(args.head_examples, len(rows) // 10)  # rows that choose the heads are never trained on
+    held_out, usable = [rows[i] for i in order[:aside]], sorted(order[aside:])
+    if not held_out:
+        raise InputError(f"{args.train}: {len(rows)} rows are too few, at least 10 are needed")
+    dev = load_beir(args.dev, args.dev_split) if args.dev else None
+    tests = [resolve_dataset(name, "test") for name in args.test]
+
+    checkpoint = Checkpoint(args.judge, device, dtype)
+    judge = checkpoint.causal_lm()
+    builder = make_builder(args, checkpoint.config, checkpoint.folder)
+    retriever = build_retriever(args, device, dtype, checkpoint, resume)
+    if resume:
+        heads = [tuple(pair) for pair in read_json(out / "heads.json")["selected"]]
+    else:
+        heads, saved = select_heads(judge, builder, held_out, args, device)
+        if args.overwrite and out.exists():  # only now that all input was read, --heads may lie in there
+            shutil.rmtree(out)
+        write_atomic(out / "settings.json", json.dumps(vars(args), indent=1) + "\n")
+        write_atomic(out / "heads.json", json.dumps(saved) + "\n")
+        results = {"bm25": [], "before": [], "after": []}
+        for dataset in tests:
+            hits = bm25_hits(dataset, 100, quiet=True)
+            results["bm25"].append(evaluate_hits(dataset, hits, 100)[0])
+            results["before"].append(evaluate_embedder(retriever, dataset))
+        write_atomic(out / "results.json", json.dumps(results, indent=1) + "\n")
+    tensors = head_tensors(heads, device)
+
+    def objective(batch: JudgeBatch, log_weights: Tensor) -> Tensor:
+        return dream_loss(judge, batch, log_weights, tensors, args.document_mass == "keep")
+
+    parameters = list(trainable(retriever).values())
+    optimizer = torch.optim.AdamW(
+        parameters, lr=args.lr, weight_decay=args.weight_decay, fused=device.type == "cuda"
+    )
+    first_step, best = 0, {}
+    if resume:
+        load_optimizer(optimizer, retriever, resume)
+        state = read_json(resume / "trainer.json")
+        first_step, best = state["step"], state["best"]
+    log = Log(out / "metrics.jsonl", first_step)
+    bar = tqdm(total=args.steps, initial=first_step, desc="train", unit="step")
+    for step in range(first_step, args.steps):
+        started = time.perf_counter()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args)
+        retriever.train()
+        some = step_rows(step, rows, usable, args)
+        stats = training_step(retriever, builder, objective, some, args, (args.seed, step))
+        stats["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, args.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        stats["lr"] = learning_rate(step, args)
+        log.add(step + 1, stats, time.perf_counter() - started)
+        bar.update()
+        due = (step + 1) % args.eval_every == 0 or step + 1 == args.steps
+        if step == first_step or (step + 1) % 10 == 0 or due:
+            bar.set_postfix(log.flush())
+        if step == 0:
+            warn_about_temperature(log.last, max(len(row.documents) for row in some), args)
+        if due:
+            score = None
+            if dev is not None:
+                score = evaluate_embedder(retriever, dev)["metrics"]["ndcg@10"]
+                log.write({"step": step + 1, "dev": {"ndcg@10": score}})
+                bar.write(f"step {step + 1}: dev NDCG@10 {score:.4f}")
+                if not best or score > best["ndcg@10"]:
+                    best = {"step": step + 1, "ndcg@10": score}
+            save_checkpoint(out, step + 1, retriever, optimizer, args, best)
+    bar.close()
+    log.close()
+    finish(out, tests, device, dtype)
+
+
+class Log:
+    """metrics.jsonl, one object a step. Figures stay on the device until `flush`: no step waits for them."""
+
+    def __init__(self, path: Path, first_step: int):
+        kept = []
+        if first_step:  # lines after the checkpoint belong to steps that will be done again
+            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= first_step]
+        write_atomic(path, "".join(line + "\n" for line in kept))
+        self.file = open(path, "a", encoding="utf-8")
+        self.pending: list[dict] = []
+        self.last: dict = {}
+
+    def add(self, step: int, stats: dict, seconds: float) -> None:
+        self.pending.append({"step": step, **stats, "time": {"seconds": seconds}})
+
+    def flush(self) -> dict[str, str]:
+        """Read and write what is pending; returns what the progress bar shows."""
+        shown = {}
+        seconds = sum(record["time"]["seconds"] for record in self.pending)
+        tokens = sum(record["tokens"] for record in self.pending)
+        for record in self.pending:
+            values = {k: v.item() if isinstance(v, Tensor) else v for k, v in record.items()}
+            self.last = {k: v for k, v in values.items() if v is not None}
+            if not math.isfinite(self.last["loss"]):
+                raise InputError(
+                    f"step {record['step']}: the loss is {self.last['loss']}; lower --lr, or use float32"
+                )
+            self.write(self.last)
+        if self.pending:
+            shown = {
+                "loss": f"{self.last['loss']:.3f}",
+                "candidates": f"{self.last['effective_candidates']:.2f}",
+            }
+            shown["tokens/s"] = f"{tokens / seconds:,.0f}"
+        self.pending = []
+        return shown
+
+    def write(self, record: dict) -> None:
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def warn_about_temperature(stats: dict, candidates: int, args: argparse.Namespace) -> None:
+    effective = stats["effective_candidates"]
+    if effective < 1.5:
+        print(
+            f"warning: of {candidates} candidates {effective:.2f} have weight; raise --temperature "
+            f"(now {args.temperature:g}), or one random document wins at the start"
+        )
+    elif effective > 0.98 * candidates:
+        print(
+            f"warning: the weights are uniform ({effective:.2f} of {candidates} candidates); lower "
+            f"--temperature (now {args.temperature:g}), or the scores will not matter"
+        )
+
+
+def finish(out: Path, tests: list[RetrievalDataset], device: torch.device, dtype: torch.dtype) -> None:
+    """Score the checkpoint that eval.py would load, and print it beside BM25 and the untrained retriever."""
+    results = read_json(out / "results.json")
+    embedder = load_embedder(out, device, dtype)
+    results["after"] = [evaluate_embedder(embedder, dataset) for dataset in tests]
+    write_atomic(out / "results.json", json.dumps(results, indent=1) + "\n")
+    print(f"\n{'NDCG@10':32}{'queries':>8}{'BM25':>9}{'before':>9}{'after':>9}")
+    for number, dataset in enumerate(tests):
+        bm25, before, after = (results[key][number] for key in ("bm25", "before", "after"))
+        figures = "".join(f"{result['metrics']['ndcg@10']:9.4f}" for result in (bm25, before, after))
+        print(f"{dataset.name:32}{after['queries']:8,}{figures}")
+        for group, means in sorted(after.get("groups", {}).items()):
+            figures = "".join(
+                f"{result['groups'][group]['ndcg@10']:9.4f}" for result in (bm25, before, after)
+            )
+            print(f"  {group:30}{means['queries']:8,}{figures}")
+    print(f"\ncheckpoint: {resolve_run(out)}")
+    print(f"next: python eval.py --model {out} --dataset FOLDER_OR_ZIP", flush=True)
+
+
+# Mining candidates
+
+
+def mine(args: argparse.Namespace) -> None:
+    """Training rows from a corpus and questions with answers: the source passage, where it is known, and the
+    best other documents by BM25 or an embedder. Answers are not used to choose candidates."""
+    path = Path(args.corpus)
+    corpus = Corpus(path / "corpus.jsonl" if path.is_dir() else path)
+    numbers = corpus.ids()
+    lines = JsonLines(Path(args.questions))
+    questions = [read_question(lines, index, numbers) for index in range(len(lines))]
+    if args.limit and args.limit < len(questions):
+        questions = [questions[i] for i in sorted(shuffled(len(questions), args.seed)[: args.limit])]
+    if not questions:
+        raise InputError(f"{args.questions}: no questions")
+    wanted = args.candidates + 4  # some will be the source, or have a text that is there already
+    queries = [question["query"] for question in questions]
+    if args.by == "bm25":
+        texts = tqdm((d.full_text for _, d in corpus), total=len(corpus), desc="index", unit="doc")
+        _, found = BM25(texts).search(queries, wanted, quiet=False)
+    else:
+        device = pick_device(args.device)
+        embedder = load_embedder(args.by, device, pick_dtype(args.dtype, device)[0])
+        named = {str(number): query for number, query in enumerate(queries)}
+        dataset = RetrievalDataset(path.name, "", path, named, {}, {}, corpus)
+        found = dense_hits(embedder, dataset, wanted).indices
+    out = Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(out.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        for question, hits in zip(tqdm(questions, desc="write", unit="row"), found.tolist(), strict=True):
+            source = question.pop("passage")
+            candidates = {corpus[i][1]: None for i in [source, *hits] if i is not None and i >= 0}
+            documents = [{"title": d.title, "text": d.text} for d in list(candidates)[: args.candidates]]
+            row = {**question, "documents": documents, **({} if source is None else {"positive": 0})}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    os.replace(temporary, out)
+    report_targets(args, out)
+
+
+def read_question(lines: JsonLines, index: int, numbers: dict[str, int]) -> dict:
+    """A question with its target, its source and, as `passage`, the number of the document asked about."""
+    value = lines[index]
+    key = "query" if "query" in value else "question"
+    target = next((value[k] for k in ("target", "answer", "answers", "output") if value.get(k)), None)
+    target = target[0] if isinstance(target, list) and target else target
+    if not isinstance(target, str) or not target.strip():
+        raise InputError(f"{lines.where(index)}: no answer; give it as 'answers', 'answer' or 'target'")
+    passage = value.get("passage_id")
+    if passage is not None and str(passage) not in numbers:
+        raise InputError(f"{lines.where(index)}: passage_id {passage!r} is not in the corpus")
+    return {
+        "query": lines.text(index, value, key),
+        "target": target.strip(),
+        "source": lines.text(index, value, "source", default="all"),
+        "passage": None if passage is None else numbers[str(passage)],
+    }
+
+
+def report_targets(args: argparse.Namespace, path: Path) -> None:
+    """How many targets occur, letter by letter, in a candidate as the judge will see it, per source."""
+    folder = find_folder(args.judge)
+    builder = make_builder(args, Config.read(folder / "config.json"), folder)
+    rows, sources = Rows(path), JsonLines(path)
+    table: dict[str, list[int]] = {}
+    for first in tqdm(range(0, len(rows), 256), desc="targets", unit="x256 rows"):
+        some = [rows[i] for i in range(first, min(first + 256, len(rows)))]
+        for row, prompt in zip(some, builder.build(some), strict=True):
+            seen = [builder.tokenizer.decode(prompt.input_ids[s:e]).lower() for s, e in prompt.spans]
+            holds = [row.target.lower() in text for text in seen]
+            counts = table.setdefault(sources[row.index].get("source", "all"), [0] * 5)
+            of_source = row.positive is not None and holds[row.positive]
+            for i, count in enumerate((1, any(holds), of_source, prompt.tokens_cut > 0, prompt.target_cut)):
+                counts[i] += count
+    print(f"{path}: {len(rows):,} rows, {rows.skipped:,} with a single candidate left out in training")
+    print(f"targets that occur in the candidates as {args.judge} sees them, in {builder.context:,} tokens:")
+    width = max(len("source"), *map(len, table))
+    print(f"{'source':{width}}{'rows':>10}{'in any':>10}{'in source':>12}{'docs cut':>10}{'target cut':>12}")
+    for name, counts in sorted(table.items()):
+        shares = [f"{count / counts[0]:.1%}" for count in counts[1:]]
+        print(f"{name:{width}}{counts[0]:>10,}{shares[0]:>10}{shares[1]:>12}{shares[2]:>10}{shares[3]:>12}")
+    sys.stdout.flush()
+
+
+# The command line
+
+
+def make_builder(args: argparse.Namespace, config: Config, folder: Path) -> PromptBuilder:
+    """The judge's prompts, in its own tokens; a BOS where its tokenizer puts one."""
+    tokenizer = load_tokenizer(folder, config)
+    start = tokenizer.encode("").ids
+    bos = config.bos_token_id if start and start[0] == config.bos_token_id else None
+    context = min(args.judge_context or 8192, config.context)
+    return PromptBuilder(tokenizer, context, args.max_target, TEMPLATE, bos)
+
+
+def heads(args: argparse.Namespace) -> None:
+    """Detect, show and save heads, without training."""
+    device = pick_device(args.device)
+    dtype, reason = pick_dtype(args.dtype, device)
+    print_settings(args, device, dtype, reason)
+    rows = Rows(args.train, args.candidates)
+    aside = shuffled(len(rows), args.seed)[: args.head_examples]
+    checkpoint = Checkpoint(args.judge, device, dtype)
+    builder = make_builder(args, checkpoint.config, checkpoint.folder)
+    _, saved = select_heads(checkpoint.causal_lm(), builder, [rows[i] for i in aside], args, device)
+    write_atomic(args.out, json.dumps(saved) + "\n")
+    print(f"written: {args.out}")
+
+
+def print_settings(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, reason: str) -> None:
+    for name, value in sorted(vars(args).items()):
+        print(f"{name:18} {value}")
+    print(
+        f"{'device':18} {device}\n{'compute dtype':18} {str(dtype).removeprefix('torch.')}: {reason}",
+        flush=True,
+    )
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def fraction(text: str) -> float:
+    value = float(text)
+    if not (math.isfinite(value) and value >= 0):
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 up")
+    return value
+
+
+# What `train` and `heads` do when they are given neither rows nor a judge: the demo.
+DEMO_DEFAULTS = {
+    "train": str(DEMO / "train.jsonl"),
+    "dev": str(DEMO / "dev"),
+    "test": ["demo"],
+    "judge": str(DEMO / "checkpoint"),
+    "retriever": str(DEMO / "checkpoint"),
+    "out": "runs/demo",
+    "steps": 100,
+    "lr": 2e-3,
+    "judge_batch": 32,
+    "retriever_batch": 512,
+    "eval_every": 50,
+}
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="dream.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="train | heads | mine")
+    defaults: dict[str, dict] = {}
+
+    def flag(commands: dict[str, argparse.ArgumentParser], name: str, default, help: str, **kwargs) -> None:
+        """A flag of some commands. Its default stays None until it is known whether this is the demo."""
+        for command, sub in commands.items():
+            defaults.setdefault(command, {})[name] = default
+            shown = f" (default: {default})" if default not in (None, "", [], False, True) else ""
+            if isinstance(default, bool):
+                kwargs["action"] = argparse.BooleanOptionalAction
+            sub.add_argument("--" + name.replace("_", "-"), default=None, help=help + shown, **kwargs)
+
+    t, h, m = (
+        {name: commands.add_parser(name, help=help, description=help)}
+        for name, help in (
+            ("train", "train a retriever; without flags, the demo into runs/demo"),
+            ("heads", "choose the judge's heads, show them as a map and save them"),
+            ("mine", "make training rows from a corpus and questions with answers"),
+        )
+    )
+    flag(t | h, "train", None, "training rows, a .jsonl file (also .gz, .xz)", metavar="FILE")
+    flag(
+        t,
+        "dev",
+        None,
+        "BEIR folder or zip evaluated during training; decides the best checkpoint",
+        metavar="PATH",
+    )
+    flag(t, "dev_split", "dev", "its split", metavar="NAME")
+    flag(t, "test", [], "datasets evaluated before and after training", nargs="*", metavar="PATH")
+    flag(t, "out", None, "the run's folder", metavar="DIR")
+    flag(h, "out", "heads.json", "where the heads are written", metavar="FILE")
+    flag(t, "resume", None, "go on with this run, with its own settings", metavar="DIR")
+    flag(t, "overwrite", False, "start anew where --out holds a run")
+    flag(t | h, "judge", None, "checkpoint of the frozen language model", metavar="DIR")
+    flag(m, "judge", str(DEMO / "checkpoint"), "checkpoint whose tokens the report counts in", metavar="DIR")
+    flag(t, "retriever", None, "checkpoint that the retriever starts from", metavar="DIR")
+    flag(t, "full", False, "train all weights of the retriever instead of LoRA adapters")
+    flag(t, "lora_rank", 16, "rank of the adapters", type=positive, metavar="R")
+    flag(t, "lora_alpha", 32, "their scale is alpha / rank", type=fraction, metavar="A")
+    flag(t, "lora_dropout", 0.0, "dropout in front of the adapters", type=fraction, metavar="P")
+    flag(t, "lora_targets", list(PROJECTIONS), "projections that get one", nargs="+", metavar="NAME")
+    flag(t, "max_length", 512, "tokens a query or document is embedded from", type=positive, metavar="N")
+    flag(t, "query_prompt", "", "put before each query when it is embedded", metavar="TEXT")
+    flag(t, "document_prompt", "", "put before each document when it is embedded", metavar="TEXT")
+    flag(t, "append_eos", False, "end each embedded text with the EOS")
+    flag(
+        t | h | m, "candidates", 8, "documents per query, the first ones of a row", type=positive, metavar="N"
+    )
+    flag(t, "temperature", 0.05, "tau of softmax(cosine / tau)", type=fraction, metavar="TAU")
+    flag(t | h, "heads", "top", "top, random, worst, all, or a file that `heads` wrote", metavar="WHICH")
+    flag(
+        t | h,
+        "num_heads",
+        None,
+        "how many (default: 16, at most a quarter of all)",
+        type=positive,
+        metavar="N",
+    )
+    flag(t | h, "head_examples", 128, "rows set aside to choose them", type=positive, metavar="N")
+    flag(
+        t | h,
+        "detect_rows",
+        "target",
+        "rows whose attention is read; query is QRHead's",
+        choices=["target", "query"],
+    )
+    flag(t | h, "calibrate", True, "QRHead's calibration: take off what the query N/A gets")
+    flag(
+        t | h, "inject_rows", "target", "rows injected; suffix adds the query's", choices=["target", "suffix"]
+    )
+    flag(
+        t | h,
+        "document_mass",
+        "keep",
+        "documents share their attention, or get all of it",
+        choices=["keep", "full"],
+    )
+    flag(t | h | m, "max_target", 32, "target tokens used", type=positive, metavar="N")
+    flag(
+        t | h | m,
+        "judge_context",
+        None,
+        "tokens of a prompt (default: the judge's, at most 8192)",
+        type=positive,
+        metavar="N",
+    )
+    flag(t, "steps", 1000, "optimizer steps", type=positive, metavar="N")
+    flag(t, "batch", 32, "queries per step", type=positive, metavar="N")
+    flag(
+        t | h,
+        "judge_batch",
+        4,
+        "prompts the judge reads at once; memory and speed only",
+        type=positive,
+        metavar="N",
+    )
+    flag(
+        t,
+        "retriever_batch",
+        64,
+        "texts embedded at once with a graph; memory and speed only",
+        type=positive,
+        metavar="N",
+    )
+    flag(t, "lr", 1e-4, "peak learning rate of AdamW", type=fraction, metavar="LR")
+    flag(
+        t,
+        "warmup",
+        0.1,
+        "part of the steps that warm up; then a cosine to a tenth",
+        type=fraction,
+        metavar="PART",
+    )
+    flag(t, "weight_decay", 0.0, "of AdamW", type=fraction, metavar="W")
+    flag(t, "clip", 1.0, "largest norm of the gradient", type=fraction, metavar="NORM")
+    flag(
+        t,
+        "eval_every",
+        100,
+        "steps between evaluations on --dev, each with a checkpoint",
+        type=positive,
+        metavar="N",
+    )
+    flag(
+        m,
+        "corpus",
+        None,
+        "corpus.jsonl {_id, title, text}, or a folder that holds it",
+        required=True,
+        metavar="PATH",
+    )
+    flag(m, "questions", None, "jsonl {query, answers, passage_id: optional}", required=True, metavar="FILE")
+    flag(m, "out", None, "where the rows are written", required=True, metavar="FILE")
+    flag(m, "by", "bm25", "bm25, or an embedder's folder", metavar="HOW")
+    flag(m, "limit", None, "a random sample of so many questions", type=positive, metavar="N")
+    flag(t | h | m, "seed", 0, "of everything drawn", type=int, metavar="N")
+    flag(t | h | m, "device", "auto", "auto, cpu, cuda, cuda:1, ...", metavar="NAME")
+    flag(t | h | m, "dtype", "auto", "compute dtype: auto, float32, bfloat16, float16", metavar="NAME")
+    args = parser.parse_args(argv)
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    command = given.pop("command")
+    settings = defaults[command]
+    if given.get("resume"):
+        if extra := sorted(set(given) - {"resume", "device"}):
+            parser.error(f"--resume takes the run's own settings; leave out --{extra[0].replace('_', '-')}")
+        saved = read_json(Path(given["resume"]) / "settings.json")
+        settings = {**settings, **saved, "out": given["resume"]}
+    elif command in ("train", "heads") and "train" not in given:
+        settings = settings | {
+            name: value for name, value in DEMO_DEFAULTS.items() if name in settings and name != "out"
+        }
+        settings["out"] = settings["out"] or DEMO_DEFAULTS["out"]
+    settings = settings | given
+    for name in ("judge", "retriever", "out"):
+        if name in settings and settings[name] is None:
+            parser.error(f"--{name} is missing; it is needed beside --train")
+    return argparse.Namespace(**{**settings, "command": command})
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        args = parse_arguments(argv)
+        {"train": train, "heads": heads, "mine": mine}[args.command](args)
+    except InputError as error:
+        print(f"dream.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,778 @@
+"""The networks: a Qwen/Llama decoder, LoRA, checkpoints in and out, and the embedder.
+
+One decoder serves the judge and the retriever. Three switches tell the families apart: a bias on q/k/v
+(Qwen2), a norm on each head's q and k (Qwen3), neither (Llama, Mistral). Attribute names equal the Hugging
+Face tensor names, so that a checkpoint loads strictly and without a key map. The numerics follow transformers
+operation by operation: RMSNorm in float32, cast back, then times its weight; RoPE angles in float32,
+split-halves pairing.
+
+    RoPE rotates pairs of a head's dimensions. Hugging Face checkpoints pair the halves:
+        split halves (used here)   (x0, x4) (x1, x5) (x2, x6) (x3, x7)
+        interleaved (the paper's)  (x0, x1) (x2, x3) (x4, x5) (x6, x7)
+
+This file never trains, never tokenises prompts for the judge, and runs no code that comes with a checkpoint.
+"""
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, processors
+from torch import Tensor, nn
+
+from attention import Injection, attention, attention_to_keys, exact
+from data import InputError, pad, read_json, write_atomic
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+@dataclass
+class Config:
+    """The figures of config.json that shape the network; `raw` is the whole file."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    context: int  # positions the model was made for
+    rope_theta: float
+    rope_scaling: dict | None  # None, or the figures of the llama3 scaling
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    bos_token_id: int | None
+    eos_token_id: int | None
+    raw: dict = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def read(cls, path: Path) -> "Config":
+        """Read config.json in the dialect of transformers 4 (rope_theta) or 5 (rope_parameters)."""
+        raw = read_json(path)
+        family = raw.get("model_type")
+        if family not in FAMILIES:
+            raise InputError(f"{path}: model_type is {family!r}; supported: {', '.join(FAMILIES)}")
+
+        def number(key: str, default=None):
+            value = raw.get(key, default) if raw.get(key) is not None else default
+            if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+                raise InputError(f"{path}: {key} is {value!r}, expected a positive number")
+            return value
+
+        if raw.get("hidden_act", "silu") != "silu":
+            raise InputError(f"{path}: hidden_act is {raw['hidden_act']!r}, only silu is supported")
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        if rope_type not in ("default", "llama3"):
+            raise InputError(f"{path}: rope_type is {rope_type!r}; supported: default, llama3")
+        heads = number("num_attention_heads")
+        context = number("max_position_embeddings", 2048)
+        # Within the window, sliding-window attention is plain attention: allow no more than that.
+        if raw.get("sliding_window") and raw.get("use_sliding_window", family == "mistral"):
+            context = min(context, number("sliding_window"))
+        eos = raw.get("eos_token_id")
+        bias = bool(raw.get("attention_bias", False))
+        config = cls(
+            model_type=family,
+            vocab_size=number("vocab_size"),
+            hidden_size=number("hidden_size"),
+            intermediate_size=number("intermediate_size"),
+            num_hidden_layers=number("num_hidden_layers"),
+            num_attention_heads=heads,
+            num_key_value_heads=number("num_key_value_heads", heads),
+            head_dim=number("head_dim", number("hidden_size") // heads),
+            rms_norm_eps=number("rms_norm_eps", 1e-6),
+            context=context,
+            rope_theta=float(rope.get("rope_theta") or number("rope_theta", 10000.0)),
+            rope_scaling=dict(rope) if rope_type == "llama3" else None,
+            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            qkv_bias=bias or family == "qwen2",
+            o_bias=bias and family != "qwen2",
+            mlp_bias=bool(raw.get("mlp_bias", False)),
+            qk_norm=family == "qwen3",
+            bos_token_id=raw.get("bos_token_id"),
+            eos_token_id=eos[0] if isinstance(eos, list) and eos else eos or None,
+            raw=raw,
+        )
+        if config.num_attention_heads % config.num_key_value_heads:
+            raise InputError(f"{path}: num_attention_heads is not a multiple of num_key_value_heads")
+        return config
+
+    def to_json(self, architecture: str, dtype: torch.dtype) -> dict:
+        """config.json in both dialects, so that transformers 4 and 5 read the same network."""
+        rope = {**(self.rope_scaling or {"rope_type": "default"}), "rope_theta": self.rope_theta}
+        name = str(dtype).removeprefix("torch.")
+        return {
+            **self.raw,
+            "architectures": [architecture],
+            "rope_theta": self.rope_theta,
+            "rope_scaling": self.rope_scaling,
+            "rope_parameters": rope,
+            "torch_dtype": name,
+            "dtype": name,
+        }
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        exact = x.to(torch.promote_types(x.dtype, torch.float32))
+        return self.weight * (exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + self.eps)).to(
+            x.dtype
+        )
+
+
+def rope_frequencies(config: Config, device: torch.device) -> Tensor:
+    """Angle per position of each pair of dimensions, (head_dim / 2,) float32; with Llama 3's scaling."""
+    exponent = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32) / config.head_dim
+    frequencies = 1.0 / config.rope_theta**exponent
+    if config.rope_scaling is None:
+        return frequencies
+    # Llama 3.1: wavelengths beyond the original context are stretched by `factor`, short ones kept, those
+    # between blended.
+    s = config.rope_scaling
+    context, low, high = s["original_max_position_embeddings"], s["low_freq_factor"], s["high_freq_factor"]
+    wavelength = 2 * math.pi / frequencies
+    blend = ((context / wavelength - low) / (high - low)).clamp(0, 1)
+    return (1 - blend) * frequencies / s["factor"] + blend * frequencies
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate x (B, H, T, D) by the angles of its positions; cos, sin: (B, 1, T, D)."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+@dataclass
+class Cache:
+    """Keys and values of prefixes, per layer (B, Hkv, P, D), right-padded; lengths: (B,) int64."""
+
+    lengths: Tensor
+    keys: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+
+
+@dataclass
+class Probe:
+    """Collects each layer's attention to keys, (B, Hq, S) float32, weighted over rows by (B, T)."""
+
+    row_weights: Tensor
+    attention: list[Tensor] = field(default_factory=list)
+
+
+@dataclass
+class Context:
+    """What every layer of one forward pass shares."""
+
+    cos: Tensor
+    sin: Tensor
+    visible: Tensor | None
+    prefix: Cache | None
+    store: Cache | None
+    injection: Injection | None
+    probe: Probe | None
+
+
+class Attention(nn.Module):
+    def __init__(self, config: Config, layer: int):
+        super().__init__()
+        size, self.head_dim, self.layer = config.hidden_size, config.head_dim, layer
+        q_size, kv_size = (
+            config.num_attention_heads * config.head_dim,
+            config.num_key_value_heads * config.head_dim,
+        )
+        self.q_proj = nn.Linear(size, q_size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(size, kv_size, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(size, kv_size, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(q_size, size, bias=config.o_bias)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        batch, rows, _ = x.shape
+        q = self.q_proj(x).view(batch, rows, -1, self.head_dim)  # (B, T, Hq, D)
+        k = self.k_proj(x).view(batch, rows, -1, self.head_dim)  # (B, T, Hkv, D)
+        v = self.v_proj(x).view(batch, rows, -1, self.head_dim).transpose(1, 2)  # (B, Hkv, T, D)
+        if hasattr(self, "q_norm"):
+            q, k = self.q_norm(q), self.k_norm(k)
+        q = apply_rope(q.transpose(1, 2), context.cos, context.sin)  # (B, Hq, T, D)
+        k = apply_rope(k.transpose(1, 2), context.cos, context.sin)  # (B, Hkv, T, D)
+        if context.store is not None:
+            context.store.keys.append(k)
+            context.store.values.append(v)
+        if context.prefix is not None:
+            k = torch.cat((context.prefix.keys[self.layer], k), dim=2)  # (B, Hkv, P + T, D)
+            v = torch.cat((context.prefix.values[self.layer], v), dim=2)
+        if context.probe is not None:
+            context.probe.attention.append(
+                attention_to_keys(q, k, context.visible, context.probe.row_weights)
+            )
+        out = attention(q, k, v, context.visible, context.injection, self.layer)
+        return self.o_proj(out.transpose(1, 2).reshape(batch, rows, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, config: Config, layer: int):
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), context)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        prefix: Cache | None = None,
+        store: Cache | None = None,
+        injection: Injection | None = None,
+        probe: Probe | None = None,
+    ) -> Tensor:
+        """Hidden states (B, T, C) after the final norm, of right-padded rows of token ids (B, T).
+
+        prefix: keys and values that come before these rows; positions go on from each prefix's own length.
+        store: an empty Cache that takes these rows' keys and values. probe: needs a prefix.
+        """
+        batch, rows = input_ids.shape
+        device = input_ids.device
+        positions = torch.arange(rows, device=device)[None]  # (1, T)
+        visible = None
+        if prefix is not None:
+            positions = prefix.lengths[:, None] + positions  # (B, T)
+            width = prefix.keys[0].shape[2]
+            in_prefix = torch.arange(width, device=device) < prefix.lengths[:, None]  # (B, P)
+            causal = torch.ones(rows, rows, dtype=torch.bool, device=device).tril()  # (T, T)
+            visible = torch.cat(
+                (in_prefix[:, None].expand(-1, rows, -1), causal.expand(batch, -1, -1)), dim=2
+            )  # (B, T, P + T)
+        x = self.embed_tokens(input_ids)
+        angles = positions[:, None, :, None].float() * rope_frequencies(
+            self.config, device
+        )  # (B or 1, 1, T, D/2)
+        angles = torch.cat((angles, angles), dim=-1)
+        context = Context(
+            angles.cos().to(x.dtype), angles.sin().to(x.dtype), visible, prefix, store, injection, probe
+        )
+        for layer in self.layers:
+            x = layer(x, context)
+        return self.norm(x)
+
+
+class CausalLM(nn.Module):
+    """A decoder with its output projection: `lm_head(model(input_ids))` are the logits."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+
+class LoRALinear(nn.Linear):
+    """y = x W' + b + (alpha / r) x A' B'. A subclass, so that the base's tensor names stay.
+
+    A and B are float32 whatever the base's type, and cast for the product: the optimizer never sees half
+    precision.
+    """
+
+    def __init__(self, base: nn.Linear, r: int, scaling: float, dropout: float = 0.0):
+        super().__init__(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
+        self.weight, self.bias = base.weight, base.bias
+        device = base.weight.device
+        self.lora_A = nn.Linear(base.in_features, r, bias=False, device=device, dtype=torch.float32)
+        self.lora_B = nn.Linear(r, base.out_features, bias=False, device=device, dtype=torch.float32)
+        if device.type != "meta":
+            nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
+            nn.init.zeros_(self.lora_B.weight)
+        self.scaling = scaling
+        self.dropout = dropout
+        self.base_weight: Tensor | None = None  # kept while merged
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight, self.bias)
+        if self.base_weight is not None:
+            return y
+        x = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        low_rank = F.linear(x, self.lora_A.weight.to(x.dtype))  # (..., r)
+        return y + F.linear(low_rank, self.lora_B.weight.to(x.dtype)) * self.scaling
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Add the adapter to the weight. The base's tensor, which a judge may share, is kept, not changed."""
+        if self.base_weight is None:
+            delta = self.lora_B.weight @ self.lora_A.weight * self.scaling  # (out, in) float32
+            self.base_weight = self.weight.data
+            self.weight = nn.Parameter((self.base_weight.float() + delta).to(self.base_weight.dtype), False)
+
+    def unmerge(self) -> None:
+        """Undo merge, exactly."""
+        if self.base_weight is not None:
+            self.weight, self.base_weight = nn.Parameter(self.base_weight, False), None
+
+
+def add_lora(
+    decoder: Decoder,
+    r: int,
+    alpha: float,
+    dropout: float = 0.0,
+    targets: Iterable[str] = PROJECTIONS,
+    rslora: bool = False,
+) -> None:
+    """Freeze the decoder and give each linear layer named in `targets` an adapter (B = 0: no change yet)."""
+    targets = set(targets)
+    if unknown := targets - set(PROJECTIONS):
+        raise InputError(f"unknown LoRA target {min(unknown)!r}; choose from {', '.join(PROJECTIONS)}")
+    decoder.requires_grad_(False)
+    scaling = alpha / math.sqrt(r) if rslora else alpha / r
+    for module in list(decoder.modules()):
+        for name, child in list(module.named_children()):
+            if name in targets and isinstance(child, nn.Linear):
+                setattr(module, name, LoRALinear(child, r, scaling, dropout))
+
+
+def lora_layers(decoder: Decoder) -> dict[str, LoRALinear]:
+    return {name: module for name, module in decoder.named_modules() if isinstance(module, LoRALinear)}
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device of a flag; auto is CUDA where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"--device {name}: not a device; use auto, cpu or cuda") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--device {name}: this machine has no CUDA device; use --device cpu")
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """The compute dtype of a flag, and the reason to print beside it."""
+    named = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name in named:
+        return named[name], "asked for"
+    if name != "auto":
+        raise InputError(f"--dtype {name}: use auto, {', '.join(named)}")
+    if device.type != "cuda":
+        return torch.float32, "a CPU computes it fastest"
+    if torch.cuda.is_bf16_supported():
+        return torch.bfloat16, "the GPU has bfloat16 units"
+    return torch.float32, "the GPU has no bfloat16 units, and float16 overflows"
+
+
+def read_tensors(folder: Path, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    """All tensors of model.safetensors, or of the shards that model.safetensors.index.json names, in one
+    dtype.
+
+    Files are memory-mapped: a tensor already in `dtype` on the CPU is a view of the file, not a copy.
+    """
+    index = folder / "model.safetensors.index.json"
+    where: dict[str, list[str]] = {}
+    if (folder / "model.safetensors").exists():
+        where["model.safetensors"] = []
+    elif index.exists():
+        for name, shard in read_json(index).get("weight_map", {}).items():
+            where.setdefault(shard, []).append(name)
+    if not where:
+        raise InputError(
+            f"{folder}: neither model.safetensors nor model.safetensors.index.json with a weight_map"
+        )
+    tensors = {}
+    for shard, names in where.items():
+        path = folder / shard
+        if not path.exists():
+            raise InputError(f"{index}: names the shard {shard}, which is not in {folder}")
+        try:
+            with safe_open(path, framework="pt", device="cpu") as file:
+                present = set(file.keys())
+                for name in names or sorted(present):
+                    if name not in present:
+                        raise InputError(f"{path}: has no tensor {name}, although {index.name} says so")
+                    tensors[name] = file.get_tensor(name).to(device=device, dtype=dtype)
+        except SafetensorError as error:
+            raise InputError(f"{path}: not a whole safetensors file ({error})") from error
+    return tensors
+
+
+def _assign(module: nn.Module, tensors: dict[str, Tensor], where: Path) -> None:
+    """Fill a module built on the meta device; a missing, extra or misshapen tensor is an error naming it."""
+    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    for name, shape in expected.items():
+        if name not in tensors:
+            raise InputError(f"{where}: tensor {name} {shape} is missing")
+        if tuple(tensors[name].shape) != shape:
+            raise InputError(
+                f"{where}: tensor {name} has shape {tuple(tensors[name].shape)}, config.json implies {shape}"
+            )
+    if extra := sorted(set(tensors) - set(expected)):
+        raise InputError(
+            f"{where}: unexpected tensor {extra[0]}; config.json does not describe this checkpoint"
+        )
+    module.load_state_dict(tensors, strict=True, assign=True)
+    module.requires_grad_(False)
+
+
+class Checkpoint:
+    """A folder with config.json and safetensors. Every model built from one Checkpoint shares its tensors."""
+
+    def __init__(self, folder: str | Path, device: torch.device, dtype: torch.dtype):
+        self.folder = find_folder(folder)
+        self.device, self.dtype = device, dtype
+        self.config = Config.read(self.folder / "config.json")
+        tensors = read_tensors(self.folder, device, dtype)
+        self.head = tensors.pop("lm_head.weight", None)
+        # Base-model exports have no leading "model."; some old checkpoints store RoPE's constants.
+        self.tensors = {
+            name.removeprefix("model."): tensor
+            for name, tensor in tensors.items()
+            if not name.endswith("rotary_emb.inv_freq")
+        }
+
+    def decoder(self) -> Decoder:
+        """The network up to the final norm, frozen."""
+        with torch.device("meta"):
+            decoder = Decoder(self.config)
+        _assign(decoder, self.tensors, self.folder)
+        return decoder.eval()
+
+    def causal_lm(self) -> CausalLM:
+        """The network with its output projection, frozen."""
+        tied = self.config.tie_word_embeddings
+        head = self.tensors.get("embed_tokens.weight") if tied else self.head
+        if head is None:
+            raise InputError(
+                f"{self.folder}: tensor lm_head.weight is missing; a judge needs its output projection"
+            )
+        with torch.device("meta"):
+            model = CausalLM(self.config)
+        tensors = {f"model.{name}": tensor for name, tensor in self.tensors.items()}
+        _assign(model, {**tensors, "lm_head.weight": head}, self.folder)
+        if tied:  # assigning untied them
+            model.lm_head.weight = model.model.embed_tokens.weight
+        return model.eval()
+
+
+def find_folder(name: str | Path) -> Path:
+    """The folder of a checkpoint."""
+    folder = Path(name)
+    if not folder.is_dir():
+        raise InputError(
+            f"{name}: no such folder; give the folder of a checkpoint (config.json, *.safetensors)"
+        )
+    return folder
+
+
+def load_tokenizer(folder: Path, config: Config) -> Tokenizer:
+    """tokenizer.json, checked against the size of the embedding table."""
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        raise InputError(f"{folder}: no tokenizer.json; checkpoints need a fast tokenizer")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises a bare Exception
+        raise InputError(f"{path}: not a tokenizer ({error})") from error
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    if largest >= config.vocab_size:
+        raise InputError(f"{path}: has token id {largest}, config.json has vocab_size {config.vocab_size}")
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+class Embedder(nn.Module):
+    """Text to a unit vector: the last real token's hidden state after the final norm, in float32.
+
+    max_length: tokens a text is cut to. prompts: what is put before a query and a document. append_eos: the
+    EOS follows every text, inside max_length. The published DREAM models use 512, no prompts and no EOS.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        tokenizer: Tokenizer,
+        max_length: int = 512,
+        prompts: dict[str, str] | None = None,
+        append_eos: bool = False,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.decoder, self.tokenizer, self.append_eos = decoder, tokenizer, append_eos
+        self.prompts = {"query": "", "document": "", **(prompts or {})}
+        self.dtype = dtype or decoder.embed_tokens.weight.dtype  # of the computation; weights may be wider
+        self.max_length = min(max_length, decoder.config.context)
+        if append_eos:
+            eos = decoder.config.eos_token_id
+            token = None if eos is None else tokenizer.id_to_token(eos)
+            if token is None:
+                raise InputError(
+                    "an EOS was asked for, but config.json's eos_token_id is not in the tokenizer"
+                )
+            # As part of the tokenizer it survives truncation, and other libraries that load it add it too.
+            template = processors.TemplateProcessing(single=f"$A {token}", special_tokens=[(token, eos)])
+            before = tokenizer.post_processor
+            tokenizer.post_processor = processors.Sequence([before, template]) if before else template
+        tokenizer.enable_truncation(self.max_length)
+
+    @property
+    def dim(self) -> int:
+        return self.decoder.config.hidden_size
+
+    @property
+    def device(self) -> torch.device:
+        return self.decoder.embed_tokens.weight.device
+
+    def tokenize(self, texts: list[str], kind: str) -> list[list[int]]:
+        """Token ids of each text, prompt included, at most max_length, never empty. kind: query, document."""
+        prompt = self.prompts[kind]
+        encoded = self.tokenizer.encode_batch_fast([prompt + text for text in texts] if prompt else texts)
+        nothing = [self.decoder.config.eos_token_id or 0]  # an empty text still gets an embedding
+        return [encoding.ids or nothing for encoding in encoded]
+
+    def embed(self, token_ids: list[list[int]]) -> Tensor:
+        """One forward pass: (B, C) float32 unit vectors on the embedder's device."""
+        input_ids, lengths = pad(token_ids, self.device)  # (B, T), (B,)
+        mixed = self.dtype != self.decoder.embed_tokens.weight.dtype
+        with torch.autocast(self.device.type, dtype=self.dtype, enabled=mixed):
+            hidden = self.decoder(input_ids)  # (B, T, C)
+        last = hidden[torch.arange(len(token_ids), device=self.device), lengths - 1]  # (B, C)
+        return F.normalize(exact(last), dim=-1)
+
+    def describe(self) -> dict:
+        """What decides the embeddings beside the weights."""
+        return {
+            "max_length": self.max_length,
+            "prompts": self.prompts,
+            "append_eos": self.append_eos,
+            "pooling": "last token",
+            "dim": self.dim,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+
+
+def resolve_run(folder: str | Path) -> Path:
+    """A run's folder stands for its best checkpoint, other folders for themselves."""
+    folder = Path(folder)
+    listing = folder / "checkpoints.json"
+    if listing.exists():
+        names = read_json(listing)
+        return folder / (names.get("best") or names["last"])
+    return folder
+
+
+def load_embedder(
+    folder: str | Path, device: torch.device, dtype: torch.dtype, max_length: int | None = None
+) -> Embedder:
+    """An embedder from a training run, one of its checkpoints, a PEFT adapter folder or a plain checkpoint.
+
+    max_length, prompts and EOS are those saved with it; the argument overrides the length. Raises InputError.
+    """
+    folder = find_folder(resolve_run(folder))
+    if (folder / "adapter_config.json").exists():
+        adapter = read_json(folder / "adapter_config.json")
+        base = adapter.get("base_model_name_or_path")
+        if not base:
+            raise InputError(f"{folder / 'adapter_config.json'}: base_model_name_or_path is missing")
+        checkpoint = Checkpoint(base, device, dtype)
+        decoder = checkpoint.decoder()
+        load_adapter(decoder, folder)
+    else:
+        checkpoint = Checkpoint(folder, device, dtype)
+        decoder = checkpoint.decoder()
+    tokenizer_folder = folder if (folder / "tokenizer.json").exists() else checkpoint.folder
+    settings = {}
+    for name in ("sentence_bert_config.json", "config_sentence_transformers.json"):
+        if (folder / name).exists():
+            settings |= read_json(folder / name)
+    embedder = Embedder(
+        decoder,
+        load_tokenizer(tokenizer_folder, checkpoint.config),
+        max_length or settings.get("max_seq_length") or 512,
+        settings.get("prompts"),
+    )
+    embedder.append_eos = bool(settings.get("append_eos"))  # the saved tokenizer adds it
+    return embedder.eval()
+
+
+def load_adapter(decoder: Decoder, folder: Path) -> None:
+    """Add the PEFT LoRA adapter of a folder; names in base-model or CausalLM form. Raises InputError."""
+    where = folder / "adapter_config.json"
+    config = read_json(where)
+    if config.get("peft_type") != "LORA":
+        raise InputError(f"{where}: peft_type is {config.get('peft_type')!r}, only LORA is supported")
+    unsupported = (
+        "use_dora",
+        "modules_to_save",
+        "rank_pattern",
+        "alpha_pattern",
+        "layers_to_transform",
+        "lora_bias",
+    )
+    for key in (
+        *unsupported,
+        "exclude_modules",
+        "fan_in_fan_out",
+        "layer_replication",
+        "trainable_token_indices",
+    ):
+        if config.get(key):
+            raise InputError(f"{where}: {key} is set, which is not supported")
+    if config.get("bias", "none") != "none":
+        raise InputError(f"{where}: bias is {config['bias']!r}, only none is supported")
+    targets = config.get("target_modules")
+    if not isinstance(targets, list):
+        raise InputError(f"{where}: target_modules is {targets!r}, expected a list of projection names")
+    r, alpha = config.get("r"), config.get("lora_alpha")
+    if not isinstance(r, int) or r < 1 or not isinstance(alpha, int | float):
+        raise InputError(f"{where}: r is {r!r} and lora_alpha {alpha!r}, expected two positive numbers")
+    add_lora(decoder, r, alpha, config.get("lora_dropout") or 0.0, targets, config.get("use_rslora", False))
+    path = folder / "adapter_model.safetensors"
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            loaded = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: not a whole safetensors file ({error})") from error
+    loaded = {name.removeprefix("base_model.model.").removeprefix("model."): t for name, t in loaded.items()}
+    own = {name: tensor for name, tensor in decoder.state_dict().items() if ".lora_" in name}
+    for name, tensor in own.items():
+        if name not in loaded:
+            raise InputError(f"{path}: tensor {name} is missing")
+        if loaded[name].shape != tensor.shape:
+            raise InputError(
+                f"{path}: tensor {name} has shape {tuple(loaded[name].shape)}, the base model needs "
+                f"{tuple(tensor.shape)}; is this an adapter for another base?"
+            )
+        tensor.copy_(loaded[name])
+    if extra := sorted(set(loaded) - set(own)):
+        raise InputError(f"{path}: unexpected tensor {extra[0]}; is this an adapter for another base?")
+
+
+def save_weights(module: CausalLM | Decoder, folder: Path, dtype: torch.dtype) -> None:
+    """config.json and model.safetensors under Hugging Face names; a tied lm_head is not written twice."""
+    config = module.config
+    causal = isinstance(module, CausalLM)
+    family = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[config.model_type]
+    tensors = {name: tensor.to(dtype).contiguous() for name, tensor in module.state_dict().items()}
+    if causal and config.tie_word_embeddings:
+        del tensors["lm_head.weight"]
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    text = json.dumps(config.to_json(family + ("ForCausalLM" if causal else "Model"), dtype), indent=1)
+    write_atomic(folder / "config.json", text + "\n")
+
+
+def save_embedder(embedder: Embedder, folder: Path, base: str) -> None:
+    """A folder that load_embedder, PEFT and sentence-transformers load: the adapter, or all weights where
+    there is none.
+
+    base: the checkpoint that the adapter belongs to.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    adapters = lora_layers(embedder.decoder)
+    if adapters:
+        some = next(iter(adapters.values()))
+        r = some.lora_A.out_features
+        config = {
+            "peft_type": "LORA",
+            "task_type": "FEATURE_EXTRACTION",
+            "base_model_name_or_path": base,
+            "r": r,
+            "lora_alpha": some.scaling * r,
+            "lora_dropout": some.dropout,
+            "target_modules": sorted({name.rsplit(".", 1)[-1] for name in adapters}),
+            "bias": "none",
+            "inference_mode": True,
+        }
+        write_atomic(folder / "adapter_config.json", json.dumps(config, indent=1) + "\n")
+        state = embedder.decoder.state_dict()
+        tensors = {
+            f"base_model.model.{name}": t.contiguous() for name, t in state.items() if ".lora_" in name
+        }
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    else:
+        save_weights(embedder.decoder, folder, embedder.decoder.embed_tokens.weight.dtype)
+    tokenizer = Tokenizer.from_str(embedder.tokenizer.to_str())
+    tokenizer.no_truncation()  # max_length is saved below, where other libraries look for it
+    tokenizer.save(str(folder / "tokenizer.json"))
+    eos = tokenizer.id_to_token(
+        embedder.decoder.config.eos_token_id or 0
+    )  # as padding, which no real token sees
+    pooling = {
+        "word_embedding_dimension": embedder.dim,
+        "pooling_mode_cls_token": False,
+        "pooling_mode_max_tokens": False,
+        "pooling_mode_mean_tokens": False,
+        "pooling_mode_mean_sqrt_len_tokens": False,
+        "pooling_mode_weightedmean_tokens": False,
+        "pooling_mode_lasttoken": True,
+        "include_prompt": True,
+    }
+    modules = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
+    files = {
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": eos,
+            "pad_token": eos,
+            "padding_side": "right",
+            "model_max_length": embedder.max_length,
+        },
+        "modules.json": [
+            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+            for i, (path, kind) in enumerate(modules)
+        ],
+        "1_Pooling/config.json": pooling,
+        "sentence_bert_config.json": {"max_seq_length": embedder.max_length, "do_lower_case": False},
+        "config_sentence_transformers.json": {
+            "prompts": embedder.prompts,
+            "default_prompt_name": None,
+            "similarity_fn_name": "cosine",
+            "append_eos": embedder.append_eos,
+        },
+    }
+    for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        write_atomic(folder / name, json.dumps(content, indent=1) + "\n")
+    (folder / "2_Normalize").mkdir(exist_ok=True)

@@ -1,0 +1,306 @@
+"""Readers, prompts and batches: what they accept, what they refuse and in which words."""
+
+import gzip
+import json
+import lzma
+import zipfile
+
+import pytest
+import torch
+from tiny import byte_tokenizer, make_rows
+
+from data import (
+    Corpus,
+    Document,
+    InputError,
+    JsonLines,
+    PromptBuilder,
+    Row,
+    Rows,
+    collate,
+    document_block,
+    fit_longest_first,
+    load_beir,
+    shuffled,
+    token_batches,
+    write_atomic,
+)
+
+CPU = torch.device("cpu")
+GOOD = {"query": "q", "target": "t", "documents": ["one", {"title": "T", "text": "two"}], "positive": 1}
+
+
+def rows_file(tmp_path, *objects):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join((o if isinstance(o, str) else json.dumps(o)) + "\n" for o in objects))
+    return path
+
+
+def test_a_row_is_read_with_both_forms_of_documents(tmp_path):
+    row = Rows(rows_file(tmp_path, GOOD))[0]
+    assert (row.query, row.target, row.positive) == ("q", "t", 1)
+    assert row.documents == [Document("", "one"), Document("T", "two")]
+    assert [d.full_text for d in row.documents] == ["one", "T two"]
+
+
+@pytest.mark.parametrize(
+    "key, value", [("answer", "t"), ("answers", None), ("output", "t"), ("answer", ["t", "u"])]
+)
+def test_target_may_have_other_names(tmp_path, key, value):
+    row = {**GOOD, key: value}
+    del row["target"]
+    path = rows_file(tmp_path, row)
+    if value is None:
+        with pytest.raises(InputError, match="no target"):
+            Rows(path)
+    else:
+        assert Rows(path)[0].target == "t"
+
+
+def test_equal_documents_count_once_and_the_positive_moves_along(tmp_path):
+    row = {**GOOD, "documents": ["a", "b", "a", {"text": " b "}, "c"], "positive": 3}
+    read = Rows(rows_file(tmp_path, row))[0]
+    assert [d.text for d in read.documents] == ["a", "b", "c"] and read.positive == 1
+
+
+def test_num_candidates_takes_the_first_and_forgets_a_positive_that_is_cut(tmp_path):
+    row = {**GOOD, "documents": ["a", "b", "c", "d"], "positive": 3}
+    read = Rows(rows_file(tmp_path, row), num_candidates=2)[0]
+    assert [d.text for d in read.documents] == ["a", "b"] and read.positive is None
+
+
+def test_rows_with_one_candidate_are_left_out_and_counted(tmp_path):
+    rows = Rows(rows_file(tmp_path, {**GOOD, "documents": ["x", "x"], "positive": 0}, GOOD))
+    assert len(rows) == 1 and rows.skipped == 1 and rows[0].index == 1
+
+
+BAD_ROWS = [
+    ('{"query": "q", "target"', "line 2: not JSON"),
+    ("[1]", "line 2: expected a JSON object, found list"),
+    ({**GOOD, "query": ""}, "line 2: 'query' is missing or empty"),
+    ({**GOOD, "query": 3}, "line 2: 'query' is int, expected a string"),
+    ({k: v for k, v in GOOD.items() if k != "target"}, "line 2: no target"),
+    ({**GOOD, "target": "  "}, "line 2: no target"),
+    ({**GOOD, "documents": []}, "line 2: no candidates"),
+    ({k: v for k, v in GOOD.items() if k != "documents"}, "line 2: no candidates"),
+    ({**GOOD, "documents": ["a", 5]}, "line 2: document 1 is neither"),
+    ({**GOOD, "documents": ["a", " "]}, "line 2: document 1 is empty"),
+    ({**GOOD, "documents": ["a", {"title": 1, "text": "b"}]}, "line 2: the title of document 1"),
+    ({**GOOD, "positive": 2}, "line 2: 'positive' is 2, expected an index into 2"),
+    ({**GOOD, "positive": True}, "line 2: 'positive' is True"),
+]
+
+
+@pytest.mark.parametrize("bad, message", BAD_ROWS, ids=[message for _, message in BAD_ROWS])
+def test_bad_rows_are_named_by_file_line_and_field(tmp_path, bad, message):
+    path = rows_file(tmp_path, GOOD, bad)
+    with pytest.raises(InputError) as error:
+        Rows(path)
+    assert str(error.value).startswith(f"{path}, ") and message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_compressed_files_bom_crlf_and_blank_lines(tmp_path):
+    text = (
+        "\ufeff"
+        + json.dumps(GOOD)
+        + "\r\n\r\n"
+        + json.dumps({**GOOD, "query": "é 東京 🙂"}, ensure_ascii=False)
+    )
+    for name, opener in (("r.jsonl", open), ("r.jsonl.gz", gzip.open), ("r.jsonl.xz", lzma.open)):
+        with opener(tmp_path / name, "wb") as file:
+            file.write(text.encode())
+        rows = Rows(tmp_path / name)
+        assert [row.query for row in (rows[0], rows[1])] == ["q", "é 東京 🙂"]
+        assert rows[1].where.endswith("line 3")
+    (tmp_path / "bad.gz").write_bytes(b"no gzip")
+    with pytest.raises(InputError, match="cannot be read"):
+        Rows(tmp_path / "bad.gz")
+
+
+def test_invalid_utf8_is_named(tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(b'{"query": "\xff"}\n')
+    with pytest.raises(InputError, match="line 1: not JSON in UTF-8"):
+        Rows(tmp_path / "rows.jsonl")
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_spans_cover_exactly_the_documents_tokens(seed):
+    """Also for equal, nested and truncated texts, in any order, with and without a BOS."""
+    generator = torch.Generator().manual_seed(seed)
+    tokenizer = byte_tokenizer()
+    documents = [
+        Document("", "ab" * 20),
+        Document("t", "ab" * 20),
+        Document("", "ab"),
+        Document("é", "ab" * 60),
+    ]
+    row = Row(seed, "where is ab?", "ab", documents, 0)
+    order = torch.randperm(4, generator=generator).tolist()
+    context = 200 + 60 * (seed % 4)
+    bos = 256 if seed % 2 else None
+    builder = PromptBuilder(tokenizer, context, bos_id=bos)
+    (prompt,) = builder.build([row], [order])
+    assert len(prompt.input_ids) <= context
+    blocks = [tokenizer.encode(document_block(d)).ids for d in documents]
+    limit = fit_longest_first(
+        [len(b) for b in blocks],
+        context - (len(prompt.input_ids) - sum(end - start for start, end in prompt.spans)),
+    )
+    for (start, end), block in zip(prompt.spans, blocks, strict=True):
+        assert prompt.input_ids[start:end] == block[:limit]
+    starts = [prompt.spans[i][0] for i in order]
+    assert starts == sorted(starts) and prompt.spans[order[-1]][1] == prompt.question_start
+    assert prompt.input_ids[0] == bos if bos else prompt.spans[order[0]][0] > 0
+    question = tokenizer.decode(prompt.input_ids[prompt.question_start : prompt.target_start])
+    assert question == "Question: where is ab?\nAnswer:"  # the query is never cut
+    assert tokenizer.decode(prompt.input_ids[prompt.target_start :]) == " ab"
+    assert prompt.tokens_cut == sum(max(0, len(b) - limit) for b in blocks)
+
+
+def test_fit_longest_first():
+    assert fit_longest_first([5, 5, 5], 15) == 5
+    assert fit_longest_first([2, 10, 20], 15) == 6  # 2 + 6 + 6
+    assert fit_longest_first([2, 10, 20], 100) == 20
+    assert fit_longest_first([4, 4], 3) == 1
+    assert fit_longest_first([4, 4], -7) == 0
+
+
+def test_targets_are_cut_and_counted():
+    builder = PromptBuilder(byte_tokenizer(), 1000, max_target=4)
+    (prompt,) = builder.build([Row(0, "q", "abcdef", [Document("", "x")], None)])
+    assert prompt.target_cut and len(prompt.input_ids) - prompt.target_start == 4
+
+
+def test_with_query_keeps_documents_and_target():
+    builder = PromptBuilder(byte_tokenizer(), 1000)
+    (prompt,) = builder.build(make_rows([3]))
+    (other,) = builder.with_query([prompt], "N/A")
+    assert other.spans == prompt.spans
+    assert other.input_ids[: other.question_start] == prompt.input_ids[: prompt.question_start]
+    assert other.input_ids[other.target_start :] == prompt.input_ids[prompt.target_start :]
+    assert "N/A" in byte_tokenizer().decode(other.input_ids)
+
+
+@pytest.mark.parametrize(
+    "template", ["{documents}{query}{target}", "x {documents} {query}", "a {query}{documents}{target}"]
+)
+def test_templates_that_cannot_work(template):
+    with pytest.raises(InputError, match="template"):
+        PromptBuilder(byte_tokenizer(), 1000, template=template)
+
+
+@pytest.mark.parametrize("rows", ["target", "suffix"])
+def test_collate_splits_prompts_where_the_graph_begins(rows):
+    prompts = PromptBuilder(byte_tokenizer(), 1000).build(make_rows([3, 1, 5]))
+    batch = collate(prompts, CPU, rows)
+    suffix, flat = batch.suffix_ids, batch.suffix_ids.flatten()
+    for b, prompt in enumerate(prompts):
+        length = int(batch.prefix_lengths[b])
+        joined = batch.prefix_ids[b, :length].tolist() + suffix[b].tolist()
+        assert joined[: len(prompt.input_ids) - 1] == prompt.input_ids[:-1]
+        for i, (start, end) in enumerate(prompt.spans):
+            assert (batch.documents[b] == i).nonzero().flatten().tolist() == list(range(start, end))
+        assert batch.present[b].tolist() == [i < len(prompt.spans) for i in range(5)]
+        own = batch.target_owner[b].bool()
+        assert batch.target_ids[own].tolist() == prompt.input_ids[prompt.target_start :]
+        expected = prompt.input_ids[prompt.target_start - 1 : -1]  # each row predicts the next token
+        assert flat[batch.target_rows[own]].tolist() == expected
+
+
+def test_shuffles_depend_on_the_seed_alone():
+    assert shuffled(20, 1, 2, 3) == shuffled(20, 1, 2, 3) != shuffled(20, 1, 2, 4)
+    assert sorted(shuffled(20, 5)) == list(range(20))
+
+
+def test_token_batches():
+    lengths = [3, 50, 7, 7, 1, 120, 30]
+    batches = token_batches(lengths, 60)
+    assert sorted(i for batch in batches for i in batch) == list(range(7))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= 60
+    assert batches[0] == [5]
+
+
+def test_write_atomic_replaces_and_leaves_nothing_behind(tmp_path):
+    write_atomic(tmp_path / "a" / "f", "one")
+    write_atomic(tmp_path / "a" / "f", "two")
+    assert (tmp_path / "a" / "f").read_text() == "two" and len(list((tmp_path / "a").iterdir())) == 1
+
+
+def beir(tmp_path, corpus=None, queries=None, qrels=None):
+    folder = tmp_path / "set"
+    (folder / "qrels").mkdir(parents=True)
+    (folder / "corpus.jsonl").write_text(
+        corpus
+        or '{"_id": "d1", "title": "T", "text": "one"}\n{"_id": 2, "text": "two"}\n{"_id": "d3", "text": ""}\n'
+    )
+    (folder / "queries.jsonl").write_text(
+        queries
+        or '{"_id": "q1", "text": "a", "metadata": {"entity": "seen"}}\n'
+        '{"_id": "q2", "text": "b"}\n{"_id": "q3", "text": "c"}\n'
+    )
+    header = "query-id\tcorpus-id\tscore\n"
+    (folder / "qrels" / "test.tsv").write_text(qrels or header + "q1\td1\t2\nq1\t2\t0\nq2\t2\t-1\r\n")
+    return folder
+
+
+def test_beir_folder_and_zip(tmp_path):
+    folder = beir(tmp_path)
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        for file in folder.rglob("*.*"):
+            archive.write(file, f"set/{file.relative_to(folder)}")
+    for path in (folder, tmp_path / "set.zip"):
+        dataset = load_beir(path, "test")
+        assert dataset.name == "set" and dataset.num_documents == 3
+        assert dataset.queries == {"q1": "a", "q2": "b"}  # only those with judgements
+        assert dataset.qrels == {"q1": {"d1": 2, "2": 0}, "q2": {"2": -1}}
+        assert list(dataset.corpus()) == [("d1", "T one"), ("2", "two"), ("d3", "")]
+        assert list(dataset.corpus()) == list(dataset.corpus())
+        assert dataset.groups == {"seen": {"q1"}}
+
+
+HEADER = "query-id\tcorpus-id\tscore\n"
+BAD_SETS = [
+    ({"qrels": HEADER + "q1 d1 1\n"}, "test.tsv, line 2: expected"),
+    ({"qrels": HEADER + "q1\td1\thigh\n"}, "test.tsv, line 2: expected"),
+    ({"qrels": HEADER}, "test.tsv: no judgements"),
+    ({"qrels": HEADER + "q9\td1\t1\n"}, "query 'q9' has judgements in test but no text"),
+    (
+        {"queries": '{"_id": "q1", "text": "a"}\n{"_id": "q1", "text": "b"}\n'},
+        "line 2: _id 'q1' occurs twice",
+    ),
+    ({"queries": '{"_id": "q1"}\n'}, "line 1: 'text' is missing or empty"),
+    ({"corpus": "\n"}, "corpus.jsonl: no documents"),
+    ({"corpus": '{"text": "a"}\n'}, "corpus.jsonl, line 1: '_id' is missing"),
+    ({"corpus": '{"_id": "d1"}\n{"_id": "d1"}\n'}, "corpus.jsonl, line 2: _id 'd1' stands already on line 1"),
+    ({"corpus": '{"_id": "d1", "text": 4}\n'}, "corpus.jsonl, line 1: 'text' is int"),
+]
+
+
+@pytest.mark.parametrize("changes, message", BAD_SETS, ids=[message for _, message in BAD_SETS])
+def test_bad_datasets(tmp_path, changes, message):
+    folder = beir(tmp_path, **changes)
+    with pytest.raises(InputError) as error:
+        load_beir(folder, "test")
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_missing_split_names_those_there_are(tmp_path):
+    with pytest.raises(InputError, match="dev.tsv: no such file; splits there: test"):
+        load_beir(beir(tmp_path), "dev")
+
+
+def test_corpus_finds_duplicate_ids(tmp_path):
+    (tmp_path / "c.jsonl").write_text(
+        '{"_id": "a", "text": "1"}\n{"_id": "b", "text": "2"}\n{"_id": "a", "text": "3"}\n'
+    )
+    with pytest.raises(InputError, match="line 3: _id 'a' stands already on line 1"):
+        Corpus(tmp_path / "c.jsonl").ids()
+
+
+def test_json_lines_is_random_access(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(f'{{"i": {i}, "pad": "{"x" * (i % 7)}"}}\n' for i in range(100)))
+    lines = JsonLines(path)
+    assert [lines[i]["i"] for i in (99, 0, 42)] == [99, 0, 42] and len(lines) == 100
