@@ -20,7 +20,7 @@ import shutil
 import tempfile
 import zipfile
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -276,19 +276,36 @@ class PromptBuilder:
             encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         ]
 
-    def build(self, rows: list[Row], orders: list[list[int]] | None = None) -> list[Prompt]:
+    def build(self, rows: Sequence[Row], orders: list[list[int]] | None = None) -> list[Prompt]:
         """One prompt a row; orders[b] lists row b's candidates as they stand in it (default: as given)."""
         orders = orders or [list(range(len(row.documents))) for row in rows]
         blocks = {document: None for row in rows for document in row.documents}
         blocks = dict(
             zip(blocks, self._encode([document_block(document) for document in blocks]), strict=True)
         )
+        return [
+            self._assemble(row, order, [blocks[document] for document in row.documents], *ends)
+            for row, order, ends in zip(rows, orders, self._ends(rows), strict=True)
+        ]
+
+    def _ends(self, rows: Sequence[Row]) -> Iterator[tuple[list[int], list[int]]]:
+        """Each row's question and target, in tokens. Raises InputError for a target without any."""
         questions = self._encode([self._before_query + row.query + self._after_query for row in rows])
         targets = self._encode([self._target_space + row.target for row in rows])
-        return [
-            self._assemble(row, order, [blocks[document] for document in row.documents], question, target)
-            for row, order, question, target in zip(rows, orders, questions, targets, strict=True)
-        ]
+        for row, question, target in zip(rows, questions, targets, strict=True):
+            if not target:
+                raise InputError(f"{row.where}: the target {row.target!r} has no tokens")
+            yield question, target
+
+    def check(self, rows: Sequence[Row]) -> int:
+        """Raise InputError for a row whose prompt cannot be built; return how many targets will be cut."""
+        cut = 0
+        for row, (question, target) in zip(rows, self._ends(rows), strict=True):
+            cut += len(target) > self.max_target
+            taken = len(self._start) + len(question) + min(len(target), self.max_target)
+            if taken + len(row.documents) * self.MIN_DOCUMENT_TOKENS > self.context:
+                self.build([row])  # fits only if its documents are short
+        return cut
 
     def with_query(self, prompts: list[Prompt], query: str) -> list[Prompt]:
         """The same prompts, documents and targets, with another query (QRHead's calibration asks "N/A")."""
@@ -303,8 +320,6 @@ class PromptBuilder:
     def _assemble(
         self, row: Row, order: list[int], blocks: list[list[int]], question: list[int], target: list[int]
     ) -> Prompt:
-        if not target:
-            raise InputError(f"{row.where}: the target {row.target!r} has no tokens")
         target_cut, target = len(target) > self.max_target, target[: self.max_target]
         room = self.context - len(self._start) - len(question) - len(target)
         lengths = [len(block) for block in blocks]
@@ -362,8 +377,8 @@ class JudgeBatch:
     num_tokens: int  # real tokens of prefixes and suffixes
 
 
-def collate(prompts: list[Prompt], device: torch.device, rows: str = "target") -> JudgeBatch:
-    """Tensors of some prompts. rows: "target": the query is part of the prefix; "suffix": it is injected too."""
+def collate(prompts: Sequence[Prompt], device: torch.device, rows: str = "target") -> JudgeBatch:
+    """Tensors of some prompts. rows: "target": the query is in the prefix; "suffix": in the injected rows."""
     num_documents = max(len(prompt.spans) for prompt in prompts)
     starts = [prompt.target_start - 1 if rows == "target" else prompt.question_start for prompt in prompts]
     prefixes = [prompt.input_ids[:start] for prompt, start in zip(prompts, starts, strict=True)]

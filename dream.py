@@ -32,8 +32,9 @@ import os
 import random
 import shutil
 import sys
+import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -59,6 +60,7 @@ from data import (
     read_json,
     shuffled,
     to_device,
+    token_batches,
     write_atomic,
 )
 from eval import BM25, bm25_hits, dense_hits, evaluate_embedder, evaluate_hits, resolve_dataset
@@ -82,6 +84,10 @@ from model import (
 )
 
 DEMO = Path(__file__).resolve().parent / "demo"
+
+GROUP_TOKENS = (
+    4096  # of texts embedded in one forward pass: enough to fill a GPU, few enough to be of one length
+)
 
 Heads = list[tuple[int, int]]  # (layer, query head)
 
@@ -144,6 +150,11 @@ def dream_loss(
     return target_loss(judge, batch, cache or read_prefix(judge, batch), injection)
 
 
+def shuffled_prompts(builder: PromptBuilder, rows: Sequence[Row], *seed: int) -> list[Prompt]:
+    """The rows' prompts, candidates in an order that depends on the seed and the row alone."""
+    return builder.build(rows, [shuffled(len(row.documents), *seed, row.index) for row in rows])
+
+
 Objective = Callable[[JudgeBatch, Tensor], Tensor]  # (batch, log weights (B, N)) -> loss of each query (B,)
 
 
@@ -173,11 +184,11 @@ def training_step(
     chunks = [by_length[i : i + args.retriever_batch] for i in range(0, len(by_length), args.retriever_batch)]
 
     def embed(number: int) -> Tensor:
-        if args.lora_dropout:
-            torch.manual_seed(
-                random.Random(repr((*seed, number))).getrandbits(63)
-            )  # the same mask both times
-        return retriever.embed([token_ids[i] for i in chunks[number]])
+        if args.lora_dropout:  # the same masks in both passes
+            torch.manual_seed(random.Random(repr((*seed, number))).getrandbits(63))
+        ids = [token_ids[i] for i in chunks[number]]
+        groups = token_batches(list(map(len, ids)), GROUP_TOKENS)  # of similar length: little padding
+        return torch.cat([retriever.embed([ids[i] for i in group]) for group in groups])
 
     # 1. Score. The embeddings become leaves; a single chunk keeps its graph and is not computed twice.
     with torch.set_grad_enabled(len(chunks) == 1):
@@ -191,10 +202,11 @@ def training_step(
         name: torch.zeros((), device=device) for name in ("loss", "effective_candidates", "positive_weight")
     }
     judge_tokens, labelled = 0, 0
+    prompts = shuffled_prompts(builder, rows, *seed)
+    pairs = sorted(zip(rows, prompts, strict=True), key=lambda pair: -len(pair[1].input_ids))
     for first in range(0, len(rows), args.judge_batch):
-        some = rows[first : first + args.judge_batch]
-        orders = [shuffled(len(row.documents), *seed, row.index) for row in some]
-        batch = collate(builder.build(some, orders), device, args.inject_rows)
+        some, own = zip(*pairs[first : first + args.judge_batch], strict=True)
+        batch = collate(own, device, args.inject_rows)
         queries = [texts[row.query, "query"] for row in some]
         padding = [0] * batch.present.shape[1]
         documents = [
@@ -225,6 +237,7 @@ def training_step(
         (part if len(chunks) == 1 else embed(number)).backward(gradient)
         start += len(part)
     stats["positive_weight"] = stats["positive_weight"] / labelled if labelled else None
+    stats["document_tokens_cut"] = sum(prompt.tokens_cut for prompt in prompts)
     stats["tokens"] = judge_tokens + sum(map(len, token_ids))
     return stats
 
@@ -302,8 +315,7 @@ def score_heads(
     usable = rows[:32] if blind else [row for row in rows if labels[row.index][0] is not None]
     for first in tqdm(range(0, len(usable), args.judge_batch), desc="heads", unit="batch"):
         some = usable[first : first + args.judge_batch]
-        orders = [shuffled(len(row.documents), args.seed, row.index) for row in some]
-        prompts = builder.build(some, orders)
+        prompts = shuffled_prompts(builder, some, args.seed)
         if blind:
             scores += _gradient_norms(judge, prompts, args, device) / len(usable)
             continue
@@ -366,10 +378,9 @@ def describe_heads(
     budget, ranges, hits, gains = 0.0, [], 0, []
     for first in tqdm(range(0, len(rows), args.judge_batch), desc="steering", unit="batch"):
         some = rows[first : first + args.judge_batch]
-        prompts = builder.build(some, [shuffled(len(row.documents), args.seed, row.index) for row in some])
-        shares = document_shares(*attention_on_prefix(judge, prompts, device, "target")).sum(
-            (0, -1)
-        )  # (L, Hq)
+        prompts = shuffled_prompts(builder, some, args.seed)
+        shares = document_shares(*attention_on_prefix(judge, prompts, device, "target"))  # (B, L, Hq, N)
+        shares = shares.sum((0, -1))  # (L, Hq)
         budget += sum(float(shares[layer, head]) for layer, head in heads)
         losses = steering(judge, prompts, tensors, args, device)  # (B, N)
         ranges += (losses.masked_fill(losses.isinf(), -torch.inf).amax(-1) - losses.amin(-1)).tolist()
@@ -564,6 +575,18 @@ def save_checkpoint(
             shutil.rmtree(other)
 
 
+def check_rows(rows: Rows, builder: PromptBuilder, args: argparse.Namespace) -> None:
+    """Every row's prompt must be buildable now, not after hours; tells what is cut and left out."""
+    cut = 0
+    for first in tqdm(range(0, len(rows), 1024), desc="check", unit="x1024 rows", disable=len(rows) < 50_000):
+        cut += builder.check([rows[i] for i in range(first, min(first + 1024, len(rows)))])
+    print(
+        f"{args.train}: {len(rows):,} rows; {rows.skipped:,} left out that have a single candidate; "
+        f"{cut:,} targets cut to {args.max_target} tokens",
+        flush=True,
+    )
+
+
 def load_optimizer(optimizer: torch.optim.Optimizer, retriever: Embedder, folder: Path) -> None:
     saved = load_file(folder / "optimizer.safetensors")
     state = {
@@ -574,6 +597,18 @@ def load_optimizer(optimizer: torch.optim.Optimizer, retriever: Embedder, folder
 
 
 def train(args: argparse.Namespace) -> None:
+    """Train, then score what was saved; by then the training's own models are gone from memory."""
+    device = pick_device(args.device)
+    dtype, reason = pick_dtype(args.dtype, device)
+    print_settings(args, device, dtype, reason)
+    tests = [resolve_dataset(name, "test") for name in args.test]
+    fit(args, tests, device, dtype)
+    finish(Path(args.out), tests, device, dtype)
+
+
+def fit(
+    args: argparse.Namespace, tests: list[RetrievalDataset], device: torch.device, dtype: torch.dtype
+) -> None:
     """The training loop: score, inject, predict, backward, step; now and then evaluate and save."""
     out = Path(args.out)
     resume = None
@@ -582,9 +617,6 @@ def train(args: argparse.Namespace) -> None:
     elif (out / "checkpoints.json").exists():
         if not args.overwrite:
             raise InputError(f"{out}: holds a run already; --resume {out} goes on, --overwrite starts anew")
-    device = pick_device(args.device)
-    dtype, reason = pick_dtype(args.dtype, device)
-    print_settings(args, device, dtype, reason)
 
     rows = Rows(args.train, args.candidates)
     order = shuffled(len(rows), args.seed)
@@ -593,11 +625,11 @@ def train(args: argparse.Namespace) -> None:
     if not held_out:
         raise InputError(f"{args.train}: {len(rows)} rows are too few, at least 10 are needed")
     dev = load_beir(args.dev, args.dev_split) if args.dev else None
-    tests = [resolve_dataset(name, "test") for name in args.test]
 
     checkpoint = Checkpoint(args.judge, device, dtype)
     judge = checkpoint.causal_lm()
     builder = make_builder(args, checkpoint.config, checkpoint.folder)
+    check_rows(rows, builder, args)
     retriever = build_retriever(args, device, dtype, checkpoint, resume)
     if resume:
         heads = [tuple(pair) for pair in read_json(out / "heads.json")["selected"]]
@@ -658,7 +690,6 @@ def train(args: argparse.Namespace) -> None:
             save_checkpoint(out, step + 1, retriever, optimizer, args, best)
     bar.close()
     log.close()
-    finish(out, tests, device, dtype)
 
 
 class Log:
@@ -722,11 +753,12 @@ def warn_about_temperature(stats: dict, candidates: int, args: argparse.Namespac
 
 def finish(out: Path, tests: list[RetrievalDataset], device: torch.device, dtype: torch.dtype) -> None:
     """Score the checkpoint that eval.py would load, and print it beside BM25 and the untrained retriever."""
-    results = read_json(out / "results.json")
-    embedder = load_embedder(out, device, dtype)
-    results["after"] = [evaluate_embedder(embedder, dataset) for dataset in tests]
-    write_atomic(out / "results.json", json.dumps(results, indent=1) + "\n")
-    print(f"\n{'NDCG@10':32}{'queries':>8}{'BM25':>9}{'before':>9}{'after':>9}")
+    if tests:
+        results = read_json(out / "results.json")
+        embedder = load_embedder(out, device, dtype)
+        results["after"] = [evaluate_embedder(embedder, dataset) for dataset in tests]
+        write_atomic(out / "results.json", json.dumps(results, indent=1) + "\n")
+        print(f"\n{'NDCG@10':32}{'queries':>8}{'BM25':>9}{'before':>9}{'after':>9}")
     for number, dataset in enumerate(tests):
         bm25, before, after = (results[key][number] for key in ("bm25", "before", "after"))
         figures = "".join(f"{result['metrics']['ndcg@10']:9.4f}" for result in (bm25, before, after))
@@ -845,18 +877,19 @@ def heads(args: argparse.Namespace) -> None:
     aside = shuffled(len(rows), args.seed)[: args.head_examples]
     checkpoint = Checkpoint(args.judge, device, dtype)
     builder = make_builder(args, checkpoint.config, checkpoint.folder)
+    check_rows(rows, builder, args)
     _, saved = select_heads(checkpoint.causal_lm(), builder, [rows[i] for i in aside], args, device)
     write_atomic(args.out, json.dumps(saved) + "\n")
     print(f"written: {args.out}")
 
 
 def print_settings(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, reason: str) -> None:
-    for name, value in sorted(vars(args).items()):
-        print(f"{name:18} {value}")
-    print(
-        f"{'device':18} {device}\n{'compute dtype':18} {str(dtype).removeprefix('torch.')}: {reason}",
-        flush=True,
-    )
+    """All settings, on as few lines as they need."""
+    pairs = [
+        f"{name}={value}" for name, value in sorted(vars(args).items()) if name not in ("device", "dtype")
+    ]
+    print(textwrap.fill("  ".join(pairs), 100, break_on_hyphens=False, break_long_words=False))
+    print(f"device={device}  dtype={str(dtype).removeprefix('torch.')} ({reason})", flush=True)
 
 
 def positive(text: str) -> int:
@@ -894,161 +927,103 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         prog="dream.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="train | heads | mine")
-    defaults: dict[str, dict] = {}
+    about = {
+        "train": "train a retriever; without flags, the demo into runs/demo",
+        "heads": "choose the judge's heads, show them as a map and save them",
+        "mine": "make training rows from a corpus and questions with answers",
+    }
+    parsers = {name: commands.add_parser(name, help=text, description=text) for name, text in about.items()}
+    defaults: dict[str, dict] = {name: {} for name in parsers}
 
-    def flag(commands: dict[str, argparse.ArgumentParser], name: str, default, help: str, **kwargs) -> None:
-        """A flag of some commands. Its default stays None until it is known whether this is the demo."""
-        for command, sub in commands.items():
-            defaults.setdefault(command, {})[name] = default
-            shown = f" (default: {default})" if default not in (None, "", [], False, True) else ""
-            if isinstance(default, bool):
-                kwargs["action"] = argparse.BooleanOptionalAction
-            sub.add_argument("--" + name.replace("_", "-"), default=None, help=help + shown, **kwargs)
+    def flag(where: str, name: str, default, kind, help: str, **options) -> None:
+        """A flag of the commands with an initial in `where`. kind: int, float, bool or its value's name.
 
-    t, h, m = (
-        {name: commands.add_parser(name, help=help, description=help)}
-        for name, help in (
-            ("train", "train a retriever; without flags, the demo into runs/demo"),
-            ("heads", "choose the judge's heads, show them as a map and save them"),
-            ("mine", "make training rows from a corpus and questions with answers"),
-        )
-    )
-    flag(t | h, "train", None, "training rows, a .jsonl file (also .gz, .xz)", metavar="FILE")
+        Its default stays None for argparse until it is known whether this is the demo.
+        """
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif kind in (int, float):
+            options |= {"type": positive if kind is int else fraction, "metavar": "N" if kind is int else "X"}
+        elif kind is not None:
+            options["metavar"] = kind
+        shown = default not in (None, "", []) and kind is not bool
+        for command, sub in parsers.items():
+            if command[0] in where:
+                defaults[command][name] = default
+                text = help + (f" (default: {default})" if shown else "")
+                sub.add_argument("--" + name.replace("_", "-"), default=None, help=text, **options)
+
+    demo = str(DEMO / "checkpoint")
+    flag("th", "train", None, "FILE", "training rows, .jsonl (also .gz, .xz)")
+    flag("t", "dev", None, "PATH", "BEIR folder or zip for evaluation in training; decides what is best")
+    flag("t", "dev_split", "dev", "NAME", "its split")
+    flag("t", "test", [], "PATH", "datasets evaluated before and after training", nargs="*")
+    flag("t", "out", None, "DIR", "the run's folder")
+    flag("h", "out", "heads.json", "FILE", "where the heads are written")
+    flag("t", "resume", None, "DIR", "go on with this run, by its own settings")
+    flag("t", "overwrite", False, bool, "start anew where --out holds a run")
+    flag("th", "judge", None, "DIR", "checkpoint of the frozen language model")
+    flag("m", "judge", demo, "DIR", "checkpoint whose tokens the report counts in")
+    flag("t", "retriever", None, "DIR", "checkpoint that the retriever starts from")
+    flag("t", "full", False, bool, "train all weights of the retriever instead of LoRA adapters")
+    flag("t", "lora_rank", 16, int, "rank of the adapters")
+    flag("t", "lora_alpha", 32.0, float, "their scale is alpha / rank")
+    flag("t", "lora_dropout", 0.0, float, "dropout in front of the adapters")
+    flag("t", "lora_targets", list(PROJECTIONS), "NAME", "projections that get one", nargs="+")
+    flag("t", "max_length", 512, int, "tokens a query or document is embedded from")
+    flag("t", "query_prompt", "", "TEXT", "put before each query when it is embedded")
+    flag("t", "document_prompt", "", "TEXT", "put before each document when it is embedded")
+    flag("t", "append_eos", False, bool, "end each embedded text with the EOS")
+    flag("thm", "candidates", 8, int, "documents per query, the first ones of a row")
+    flag("t", "temperature", 0.05, float, "tau of softmax(cosine / tau)")
+    flag("th", "heads", "top", "WHICH", "top, random, worst, all, or a file that `heads` wrote")
+    flag("th", "num_heads", None, int, "how many (default: 16, at most a quarter of all)")
+    flag("th", "head_examples", 128, int, "rows set aside to choose them")
     flag(
-        t,
-        "dev",
-        None,
-        "BEIR folder or zip evaluated during training; decides the best checkpoint",
-        metavar="PATH",
-    )
-    flag(t, "dev_split", "dev", "its split", metavar="NAME")
-    flag(t, "test", [], "datasets evaluated before and after training", nargs="*", metavar="PATH")
-    flag(t, "out", None, "the run's folder", metavar="DIR")
-    flag(h, "out", "heads.json", "where the heads are written", metavar="FILE")
-    flag(t, "resume", None, "go on with this run, with its own settings", metavar="DIR")
-    flag(t, "overwrite", False, "start anew where --out holds a run")
-    flag(t | h, "judge", None, "checkpoint of the frozen language model", metavar="DIR")
-    flag(m, "judge", str(DEMO / "checkpoint"), "checkpoint whose tokens the report counts in", metavar="DIR")
-    flag(t, "retriever", None, "checkpoint that the retriever starts from", metavar="DIR")
-    flag(t, "full", False, "train all weights of the retriever instead of LoRA adapters")
-    flag(t, "lora_rank", 16, "rank of the adapters", type=positive, metavar="R")
-    flag(t, "lora_alpha", 32, "their scale is alpha / rank", type=fraction, metavar="A")
-    flag(t, "lora_dropout", 0.0, "dropout in front of the adapters", type=fraction, metavar="P")
-    flag(t, "lora_targets", list(PROJECTIONS), "projections that get one", nargs="+", metavar="NAME")
-    flag(t, "max_length", 512, "tokens a query or document is embedded from", type=positive, metavar="N")
-    flag(t, "query_prompt", "", "put before each query when it is embedded", metavar="TEXT")
-    flag(t, "document_prompt", "", "put before each document when it is embedded", metavar="TEXT")
-    flag(t, "append_eos", False, "end each embedded text with the EOS")
-    flag(
-        t | h | m, "candidates", 8, "documents per query, the first ones of a row", type=positive, metavar="N"
-    )
-    flag(t, "temperature", 0.05, "tau of softmax(cosine / tau)", type=fraction, metavar="TAU")
-    flag(t | h, "heads", "top", "top, random, worst, all, or a file that `heads` wrote", metavar="WHICH")
-    flag(
-        t | h,
-        "num_heads",
-        None,
-        "how many (default: 16, at most a quarter of all)",
-        type=positive,
-        metavar="N",
-    )
-    flag(t | h, "head_examples", 128, "rows set aside to choose them", type=positive, metavar="N")
-    flag(
-        t | h,
+        "th",
         "detect_rows",
         "target",
-        "rows whose attention is read; query is QRHead's",
+        None,
+        "rows whose attention counts; QRHead: query",
         choices=["target", "query"],
     )
-    flag(t | h, "calibrate", True, "QRHead's calibration: take off what the query N/A gets")
-    flag(
-        t | h, "inject_rows", "target", "rows injected; suffix adds the query's", choices=["target", "suffix"]
-    )
-    flag(
-        t | h,
-        "document_mass",
-        "keep",
-        "documents share their attention, or get all of it",
-        choices=["keep", "full"],
-    )
-    flag(t | h | m, "max_target", 32, "target tokens used", type=positive, metavar="N")
-    flag(
-        t | h | m,
-        "judge_context",
-        None,
-        "tokens of a prompt (default: the judge's, at most 8192)",
-        type=positive,
-        metavar="N",
-    )
-    flag(t, "steps", 1000, "optimizer steps", type=positive, metavar="N")
-    flag(t, "batch", 32, "queries per step", type=positive, metavar="N")
-    flag(
-        t | h,
-        "judge_batch",
-        4,
-        "prompts the judge reads at once; memory and speed only",
-        type=positive,
-        metavar="N",
-    )
-    flag(
-        t,
-        "retriever_batch",
-        64,
-        "texts embedded at once with a graph; memory and speed only",
-        type=positive,
-        metavar="N",
-    )
-    flag(t, "lr", 1e-4, "peak learning rate of AdamW", type=fraction, metavar="LR")
-    flag(
-        t,
-        "warmup",
-        0.1,
-        "part of the steps that warm up; then a cosine to a tenth",
-        type=fraction,
-        metavar="PART",
-    )
-    flag(t, "weight_decay", 0.0, "of AdamW", type=fraction, metavar="W")
-    flag(t, "clip", 1.0, "largest norm of the gradient", type=fraction, metavar="NORM")
-    flag(
-        t,
-        "eval_every",
-        100,
-        "steps between evaluations on --dev, each with a checkpoint",
-        type=positive,
-        metavar="N",
-    )
-    flag(
-        m,
-        "corpus",
-        None,
-        "corpus.jsonl {_id, title, text}, or a folder that holds it",
-        required=True,
-        metavar="PATH",
-    )
-    flag(m, "questions", None, "jsonl {query, answers, passage_id: optional}", required=True, metavar="FILE")
-    flag(m, "out", None, "where the rows are written", required=True, metavar="FILE")
-    flag(m, "by", "bm25", "bm25, or an embedder's folder", metavar="HOW")
-    flag(m, "limit", None, "a random sample of so many questions", type=positive, metavar="N")
-    flag(t | h | m, "seed", 0, "of everything drawn", type=int, metavar="N")
-    flag(t | h | m, "device", "auto", "auto, cpu, cuda, cuda:1, ...", metavar="NAME")
-    flag(t | h | m, "dtype", "auto", "compute dtype: auto, float32, bfloat16, float16", metavar="NAME")
-    args = parser.parse_args(argv)
-    given = {name: value for name, value in vars(args).items() if value is not None}
+    flag("th", "calibrate", False, bool, "QRHead's calibration: take off what the query N/A gets")
+    flag("th", "inject_rows", "target", None, "suffix: the query's rows too", choices=["target", "suffix"])
+    flag("th", "document_mass", "keep", None, "full: documents get all attention", choices=["keep", "full"])
+    flag("thm", "max_target", 32, int, "target tokens used")
+    flag("thm", "judge_context", None, int, "tokens of a prompt (default: the judge's, at most 8192)")
+    flag("t", "steps", 1000, int, "optimizer steps")
+    flag("t", "batch", 32, int, "queries per step")
+    flag("th", "judge_batch", 4, int, "prompts the judge reads at once; decides memory and speed only")
+    flag("t", "retriever_batch", 64, int, "texts embedded at once with a graph; likewise")
+    flag("t", "lr", 1e-4, float, "peak learning rate of AdamW")
+    flag("t", "warmup", 0.1, float, "part of the steps that warm up; then a cosine to a tenth")
+    flag("t", "weight_decay", 0.0, float, "of AdamW")
+    flag("t", "clip", 1.0, float, "largest norm of the gradient")
+    flag("t", "eval_every", 100, int, "steps between evaluations on --dev, each with a checkpoint")
+    flag("m", "corpus", None, "PATH", "corpus.jsonl {_id, title, text}, or its folder", required=True)
+    flag("m", "questions", None, "FILE", "jsonl {query, answers, passage_id: optional}", required=True)
+    flag("m", "out", None, "FILE", "where the rows are written", required=True)
+    flag("m", "by", "bm25", "HOW", "bm25, or an embedder's folder")
+    flag("m", "limit", None, int, "a random sample of so many questions")
+    flag("thm", "seed", 0, None, "of everything drawn", type=int, metavar="N")
+    flag("thm", "device", "auto", "NAME", "auto, cpu, cuda, cuda:1, ...")
+    flag("thm", "dtype", "auto", "NAME", "compute dtype: auto, float32, bfloat16, float16")
+
+    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     command = given.pop("command")
     settings = defaults[command]
     if given.get("resume"):
         if extra := sorted(set(given) - {"resume", "device"}):
             parser.error(f"--resume takes the run's own settings; leave out --{extra[0].replace('_', '-')}")
-        saved = read_json(Path(given["resume"]) / "settings.json")
-        settings = {**settings, **saved, "out": given["resume"]}
+        settings |= {**read_json(Path(given["resume"]) / "settings.json"), "out": given["resume"]}
     elif command in ("train", "heads") and "train" not in given:
-        settings = settings | {
-            name: value for name, value in DEMO_DEFAULTS.items() if name in settings and name != "out"
+        settings |= {
+            k: v for k, v in DEMO_DEFAULTS.items() if k in settings and (k, command) != ("out", "heads")
         }
-        settings["out"] = settings["out"] or DEMO_DEFAULTS["out"]
-    settings = settings | given
+    settings |= given
     for name in ("judge", "retriever", "out"):
-        if name in settings and settings[name] is None:
+        if settings.get(name, "") is None:
             parser.error(f"--{name} is missing; it is needed beside --train")
     return argparse.Namespace(**{**settings, "command": command})
 

@@ -336,8 +336,8 @@ class LoRALinear(nn.Linear):
         if self.base_weight is not None:
             return y
         x = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        low_rank = F.linear(x, self.lora_A.weight.to(x.dtype))  # (..., r)
-        return y + F.linear(low_rank, self.lora_B.weight.to(x.dtype)) * self.scaling
+        low_rank = F.linear(x, self.lora_A.weight.to(x.dtype)) * self.scaling  # (..., r)
+        return y + F.linear(low_rank, self.lora_B.weight.to(x.dtype))
 
     @torch.no_grad()
     def merge(self) -> None:

@@ -172,6 +172,17 @@ def test_targets_are_cut_and_counted():
     assert prompt.target_cut and len(prompt.input_ids) - prompt.target_start == 4
 
 
+def test_check_finds_what_build_would_refuse():
+    rows = make_rows([3, 8, 2])
+    builder = PromptBuilder(byte_tokenizer(), 1000, max_target=3)
+    assert builder.check(rows) == sum(prompt.target_cut for prompt in builder.build(rows)) > 0
+    tight = PromptBuilder(byte_tokenizer(), 190)
+    tight.check([rows[0], rows[2]])
+    for refuse in (tight.check, tight.build):
+        with pytest.raises(InputError, match="the judge's context of 190 tokens leaves"):
+            refuse(rows)
+
+
 def test_with_query_keeps_documents_and_target():
     builder = PromptBuilder(byte_tokenizer(), 1000)
     (prompt,) = builder.build(make_rows([3]))
@@ -233,7 +244,8 @@ def beir(tmp_path, corpus=None, queries=None, qrels=None):
     (folder / "qrels").mkdir(parents=True)
     (folder / "corpus.jsonl").write_text(
         corpus
-        or '{"_id": "d1", "title": "T", "text": "one"}\n{"_id": 2, "text": "two"}\n{"_id": "d3", "text": ""}\n'
+        or '{"_id": "d1", "title": "T", "text": "one"}\n'
+        '{"_id": 2, "text": "two"}\n{"_id": "d3", "text": ""}\n'
     )
     (folder / "queries.jsonl").write_text(
         queries
