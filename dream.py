@@ -914,7 +914,8 @@ DEMO_DEFAULTS = {
     "judge": str(DEMO / "checkpoint"),
     "retriever": str(DEMO / "checkpoint"),
     "out": "runs/demo",
-    "steps": 100,
+    "full": True,  # a network this small learns faster in all of its weights than in adapters
+    "steps": 150,
     "lr": 2e-3,
     "judge_batch": 32,
     "retriever_batch": 512,

@@ -16,11 +16,12 @@ CPU = torch.device("cpu")
 TEXTS = ["a", "some longer text", "東京 🙂", "x" * 90]
 
 
-def saved_run(tmp_path, **options):
+def saved_run(tmp_path, lora=True, **options):
     base = tiny_checkpoint(tmp_path / "base")
     decoder = Checkpoint(base, CPU, torch.float32).decoder()
     torch.manual_seed(0)
-    add_lora(decoder, 4, 8)
+    if lora:
+        add_lora(decoder, 4, 8)
     for layer in lora_layers(decoder).values():
         torch.nn.init.normal_(layer.lora_B.weight, std=0.1)
     embedder = Embedder(decoder, byte_tokenizer(), 64, **options).eval()
@@ -67,7 +68,8 @@ def test_pefts_adapter_in_ours(tmp_path, causal, rslora):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"append_eos": True, "prompts": {"query": "find: ", "document": "text: "}}]
+    "options",
+    [{}, {"lora": False}, {"append_eos": True, "prompts": {"query": "find: ", "document": "text: "}}],
 )
 def test_our_run_in_sentence_transformers(tmp_path, options):
     _, embedder = saved_run(tmp_path, **options)

@@ -133,7 +133,7 @@ def test_real_sizes_train_within_memory(name, gigabytes, tmp_path):
             file.write(json.dumps(row) + "\n")
     flags = (
         f"train --train rows.jsonl --judge {checkpoint} --retriever {checkpoint} --out run --steps 2 "
-        "--batch 2 --candidates 4 --max-length 128 --judge-context 600 --judge-batch 1 --retriever-batch 4 "
+        "--batch 1 --candidates 4 --max-length 128 --judge-context 600 --judge-batch 1 --retriever-batch 4 "
         "--head-examples 1"
     )
     arguments = [sys.executable, str(ROOT / "dream.py"), *flags.split()]
