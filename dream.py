@@ -85,9 +85,7 @@ from model import (
 
 DEMO = Path(__file__).resolve().parent / "demo"
 
-GROUP_TOKENS = (
-    4096  # of texts embedded in one forward pass: enough to fill a GPU, few enough to be of one length
-)
+GROUP_TOKENS = 4096  # of the texts in one forward pass: enough to fill a GPU, few enough to be of one length
 
 Heads = list[tuple[int, int]]  # (layer, query head)
 
@@ -112,8 +110,7 @@ def target_loss(
 ) -> Tensor:
     """Each prompt's mean next-token loss over its target tokens, (B,) float32, in nats."""
     hidden = judge.model(batch.suffix_ids, prefix=cache, injection=injection, probe=probe)  # (B, T, C)
-    # Only the rows that predict target tokens reach the output projection: with 152k words it outweighs a
-    # layer.
+    # Only the rows that predict target tokens reach the output projection: 152k words outweigh a layer.
     logits = judge.lm_head(hidden.flatten(0, 1)[batch.target_rows])  # (K, V)
     nll = F.cross_entropy(exact(logits), batch.target_ids, reduction="none")  # (K,)
     owner = batch.target_owner.to(nll.dtype)  # (B, K)
@@ -139,11 +136,9 @@ def dream_loss(
     keep_budget: bool = True,
     cache: Cache | None = None,
 ) -> Tensor:
-    """DREAM's objective: the target's loss when `heads` read the documents by the retriever's weights. (B,)
-    float32.
+    """DREAM's objective: the target's loss, (B,), when `heads` read documents by the retriever's weights.
 
-    log_weights: (B, N). Every suffix row of the batch is injected. cache: of the prefix, if it was read
-    before.
+    log_weights: (B, N). Every suffix row of the batch is injected. cache: the prefix's, if read before.
     """
     first_row = torch.zeros_like(batch.prefix_lengths)
     injection = Injection(log_weights, batch.documents, heads, first_row, 0, keep_budget)
@@ -168,9 +163,10 @@ def training_step(
 ) -> dict[str, Tensor]:
     """Add the gradient of the mean loss over `rows` to the retriever's trainable parameters.
 
-    seed: decides the order of the candidates in the prompts and the dropout, nothing else; micro-batch sizes
-    decide nothing. Returns scalars on the device, not read yet: loss, effective number of candidates
-    exp(H(w)), the weight on the relevant document where it is known; and how many tokens were read.
+    seed: decides the candidates' order in the prompts and the dropout. Micro-batch sizes change nothing but
+    rounding (and, where there is dropout, its masks). Returns scalars still on the device: the loss, the
+    effective number of candidates exp(H(w)), the weight on the relevant document where it is known; and as
+    plain numbers the document tokens that prompts cut and the tokens read.
     """
     device = retriever.device
     texts = {(row.query, "query"): 0 for row in rows}
@@ -256,8 +252,7 @@ def relevant_document(row: Row) -> tuple[int | None, str]:
 def attention_on_prefix(
     judge: CausalLM, prompts: list[Prompt], device: torch.device, rows: str
 ) -> tuple[Tensor, JudgeBatch]:
-    """Every head's attention to the prefix's keys, (B, L, Hq, P) float32, averaged over the rows that are
-    read.
+    """Every head's attention to the prefix's keys, (B, L, Hq, P) float32, a mean over some rows.
 
     rows: "target", those that predict the target (teacher-forced); "query", those of the question, as QRHead.
     """
@@ -364,8 +359,7 @@ def describe_heads(
     args: argparse.Namespace,
     device: torch.device,
 ) -> dict:
-    """Can these heads teach? Figures over rows whose relevant document is known, all losses in nats per
-    token.
+    """Can these heads teach? Losses in nats per token.
 
     budget: the share of attention that the heads give to documents. context_gain: the target's loss with a
     random document alone, less that with the relevant one. steering: the loss with the whole weight on each
