@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny import byte_tokenizer, config_file, make_rows, random_lm, tiny_checkpoint
 
 import dream
@@ -210,8 +211,10 @@ def tiny_run(tmp_path):
     return [*flags.split(), "--out"]
 
 
-def test_resumed_run_equals_an_uninterrupted_one(tiny_run, tmp_path, monkeypatch):
+@pytest.mark.parametrize("full", ["--full", "--no-full"])
+def test_resumed_run_equals_an_uninterrupted_one(tiny_run, tmp_path, monkeypatch, full):
     """Stopped after step 4 of 6 and resumed: the same weights, optimizer and metrics, bit for bit."""
+    tiny_run = [*tiny_run[:-1], full, "--out"]
     assert dream.main([*tiny_run, str(tmp_path / "whole")]) == 0
     save = dream.save_checkpoint
 
@@ -227,7 +230,8 @@ def test_resumed_run_equals_an_uninterrupted_one(tiny_run, tmp_path, monkeypatch
     with open(tmp_path / "parts" / "metrics.jsonl", "a") as file:
         file.write('{"step": 5, "loss": 9}\n')  # written after the checkpoint, lost with the process
     assert dream.main(["train", "--resume", str(tmp_path / "parts")]) == 0
-    for name in ("adapter_model.safetensors", "optimizer.safetensors", "trainer.json"):
+    weights = "model.safetensors" if full == "--full" else "adapter_model.safetensors"
+    for name in (weights, "optimizer.safetensors", "trainer.json"):
         whole, parts = ((tmp_path / run / "step-000006" / name).read_bytes() for run in ("whole", "parts"))
         assert whole == parts, name
 
@@ -256,12 +260,17 @@ def test_run_folder_is_loadable_and_not_overwritten(tiny_run, tmp_path, capsys):
     assert names["last"] == "step-000003" and not (out / "step-000006").exists()
 
 
-def test_full_training_resumes_and_loads(tiny_run, tmp_path):
-    out = tmp_path / "full"
-    assert dream.main([*tiny_run, str(out), "--full"]) == 0
-    last = json.loads((out / "checkpoints.json").read_text())["last"]
-    assert (out / last / "model.safetensors").exists() and not (out / last / "adapter_config.json").exists()
-    load_embedder(out, CPU, torch.float32)
+@pytest.mark.parametrize("full", ["--full", "--no-full"])
+def test_training_in_bfloat16(tiny_run, tmp_path, full):
+    """Half precision computes; what the optimizer sees, and what is saved, stays float32."""
+    out = tmp_path / "run"
+    assert dream.main([*tiny_run, str(out), full, "--dtype", "bfloat16", "--inject-rows", "suffix"]) == 0
+    last = out / json.loads((out / "checkpoints.json").read_text())["last"]
+    for name in ("model.safetensors", "adapter_model.safetensors", "optimizer.safetensors"):
+        if (last / name).exists():
+            assert {tensor.dtype for tensor in load_file(last / name).values()} == {torch.float32}
+    losses = [json.loads(line).get("loss", 1.0) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 < loss < 50 for loss in losses)
 
 
 def test_heads_without_labels_are_ranked_by_gradient(tiny_run, tmp_path, capsys):
