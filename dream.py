@@ -809,7 +809,7 @@ def mine(args: argparse.Namespace) -> None:
 def read_question(lines: JsonLines, index: int, numbers: dict[str, int]) -> dict:
     """A question with its target, its source and, as `passage`, the number of the document asked about."""
     value = lines[index]
-    key = "query" if "query" in value else "question"
+    key = next((k for k in ("query", "question", "text") if k in value), "query")
     target = next((value[k] for k in ("target", "answer", "answers", "output") if value.get(k)), None)
     target = target[0] if isinstance(target, list) and target else target
     if not isinstance(target, str) or not target.strip():

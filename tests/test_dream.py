@@ -296,7 +296,7 @@ def test_mine(tmp_path, capsys):
     questions = tmp_path / "questions.jsonl"
     questions.write_text(
         '{"query": "text 3", "answers": ["3", "three"], "passage_id": "d3", "source": "a"}\n'
-        '{"question": "text ab", "answer": "nowhere", "source": "b"}\n'
+        '{"text": "text ab", "answer": "nowhere", "source": "b"}\n'
     )
     for by in ("bm25", str(checkpoint)):
         out = tmp_path / "rows.jsonl"
