@@ -836,17 +836,21 @@ def report_targets(args: argparse.Namespace, path: Path) -> None:
         for row, prompt in zip(some, builder.build(some), strict=True):
             seen = [builder.tokenizer.decode(prompt.input_ids[s:e]).lower() for s, e in prompt.spans]
             holds = [row.target.lower() in text for text in seen]
-            counts = table.setdefault(sources[row.index].get("source", "all"), [0] * 5)
+            counts = table.setdefault(sources[row.index].get("source", "all"), [0] * 6)
             of_source = row.positive is not None and holds[row.positive]
-            for i, count in enumerate((1, any(holds), of_source, prompt.tokens_cut > 0, prompt.target_cut)):
+            for i, count in enumerate(
+                (1, row.positive is not None, any(holds), of_source, prompt.tokens_cut > 0, prompt.target_cut)
+            ):
                 counts[i] += count
     print(f"{path}: {len(rows):,} rows, {rows.skipped:,} with a single candidate left out in training")
     print(f"targets that occur in the candidates as {args.judge} sees them, in {builder.context:,} tokens:")
     width = max(len("source"), *map(len, table))
     print(f"{'source':{width}}{'rows':>10}{'in any':>10}{'in source':>12}{'docs cut':>10}{'target cut':>12}")
     for name, counts in sorted(table.items()):
-        shares = [f"{count / counts[0]:.1%}" for count in counts[1:]]
-        print(f"{name:{width}}{counts[0]:>10,}{shares[0]:>10}{shares[1]:>12}{shares[2]:>10}{shares[3]:>12}")
+        total, known, *rest = counts
+        shares = [f"{count / total:.1%}" for count in rest]
+        shares[1] = f"{rest[1] / known:.1%}" if known else "-"  # of the rows whose source is known
+        print(f"{name:{width}}{total:>10,}{shares[0]:>10}{shares[1]:>12}{shares[2]:>10}{shares[3]:>12}")
     sys.stdout.flush()
 
 
