@@ -243,6 +243,25 @@ def test_resumed_run_equals_an_uninterrupted_one(tiny_run, tmp_path, monkeypatch
     assert [m["step"] for m in metrics("whole") if "loss" in m] == [1, 2, 3, 4, 5, 6]
 
 
+def test_rows_that_choose_the_heads_are_never_trained_on(tiny_run, tmp_path, monkeypatch):
+    """Several epochs use every other row, and no row that was set aside."""
+    chosen, trained = set(), set()
+    select, step = dream.select_heads, dream.training_step
+
+    def selecting(judge, builder, rows, *rest):
+        chosen.update(row.index for row in rows)
+        return select(judge, builder, rows, *rest)
+
+    def stepping(retriever, builder, objective, rows, *rest):
+        trained.update(row.index for row in rows)
+        return step(retriever, builder, objective, rows, *rest)
+
+    monkeypatch.setattr(dream, "select_heads", selecting)
+    monkeypatch.setattr(dream, "training_step", stepping)
+    assert dream.main([*tiny_run, str(tmp_path / "run"), "--batch", "8"]) == 0
+    assert len(chosen) == 2 and not chosen & trained and len(chosen | trained) == 24
+
+
 def test_run_folder_is_loadable_and_not_overwritten(tiny_run, tmp_path, capsys):
     out = tmp_path / "run"
     assert dream.main([*tiny_run, str(out)]) == 0
