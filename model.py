@@ -31,6 +31,15 @@ from data import InputError, pad, read_json, write_atomic
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+# sentence-transformers' names; only the last is read
+POOLINGS = (
+    "cls_token",
+    "max_tokens",
+    "mean_tokens",
+    "mean_sqrt_len_tokens",
+    "weightedmean_tokens",
+    "lasttoken",
+)
 
 
 @dataclass
@@ -373,6 +382,15 @@ def add_lora(
                 setattr(module, name, LoRALinear(child, r, scaling, dropout))
 
 
+def merge_lora(decoder: Decoder) -> None:
+    """Replace every adapter by a plain linear layer that holds the base's weight plus the adapter."""
+    for name, layer in lora_layers(decoder).items():
+        layer.merge()
+        plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        plain.weight, plain.bias = layer.weight, layer.bias
+        decoder.get_submodule(name.rpartition(".")[0]).register_module(name.rpartition(".")[2], plain)
+
+
 def lora_layers(decoder: Decoder) -> dict[str, LoRALinear]:
     return {name: module for name, module in decoder.named_modules() if isinstance(module, LoRALinear)}
 
@@ -704,11 +722,12 @@ def save_weights(module: CausalLM | Decoder, folder: Path, dtype: torch.dtype) -
     write_atomic(folder / "config.json", text + "\n")
 
 
-def save_embedder(embedder: Embedder, folder: Path, base: str) -> None:
+def save_embedder(embedder: Embedder, folder: Path, base: str = "", modules: bool = True) -> None:
     """A folder that load_embedder, PEFT and sentence-transformers load: the adapter, or all weights where
     there is none.
 
-    base: the checkpoint that the adapter belongs to.
+    base: the checkpoint that the adapter belongs to. modules: with sentence-transformers' module files;
+    without them a merged checkpoint is a plain one that also knows its length and prompts.
     """
     folder.mkdir(parents=True, exist_ok=True)
     adapters = lora_layers(embedder.decoder)
@@ -740,17 +759,6 @@ def save_embedder(embedder: Embedder, folder: Path, base: str) -> None:
     eos = tokenizer.id_to_token(
         embedder.decoder.config.eos_token_id or 0
     )  # as padding, which no real token sees
-    pooling = {
-        "word_embedding_dimension": embedder.dim,
-        "pooling_mode_cls_token": False,
-        "pooling_mode_max_tokens": False,
-        "pooling_mode_mean_tokens": False,
-        "pooling_mode_mean_sqrt_len_tokens": False,
-        "pooling_mode_weightedmean_tokens": False,
-        "pooling_mode_lasttoken": True,
-        "include_prompt": True,
-    }
-    modules = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
     files = {
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -759,11 +767,6 @@ def save_embedder(embedder: Embedder, folder: Path, base: str) -> None:
             "padding_side": "right",
             "model_max_length": embedder.max_length,
         },
-        "modules.json": [
-            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
-            for i, (path, kind) in enumerate(modules)
-        ],
-        "1_Pooling/config.json": pooling,
         "sentence_bert_config.json": {"max_seq_length": embedder.max_length, "do_lower_case": False},
         "config_sentence_transformers.json": {
             "prompts": embedder.prompts,
@@ -772,7 +775,24 @@ def save_embedder(embedder: Embedder, folder: Path, base: str) -> None:
             "append_eos": embedder.append_eos,
         },
     }
+    if modules:
+        files |= _module_files(embedder.dim)
+        (folder / "2_Normalize").mkdir(exist_ok=True)
     for name, content in files.items():
-        (folder / name).parent.mkdir(exist_ok=True)
         write_atomic(folder / name, json.dumps(content, indent=1) + "\n")
-    (folder / "2_Normalize").mkdir(exist_ok=True)
+
+
+def _module_files(dim: int) -> dict:
+    """What makes a checkpoint a sentence-transformers folder, in the layout that 5.x and 6.x both load."""
+    modules = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
+    return {
+        "modules.json": [
+            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+            for i, (path, kind) in enumerate(modules)
+        ],
+        "1_Pooling/config.json": {
+            "word_embedding_dimension": dim,
+            **{f"pooling_mode_{kind}": kind == "lasttoken" for kind in POOLINGS},
+            "include_prompt": True,
+        },
+    }
