@@ -7,7 +7,9 @@ is asked for. This file never scores, trains or downloads anything.
 A training row, one JSON object a line (.jsonl, also .gz and .xz):
     {"query": "...", "target": "...", "documents": ["...", {"title": "...", "text": "..."}], "positive": 0}
 `target` is the output that the judge predicts; `positive`, the index of the relevant document, is optional:
-no training loss of DREAM reads it, only the selection of heads and the reports do.
+no training loss of DREAM reads it, only the selection of heads and the reports do. Rows of FlagEmbedding
+("pos", "neg") and Tevatron ("positive_passages", "negative_passages") are read too, when they have a target:
+their candidates are the first positive, then the negatives.
 
 A retrieval dataset is a folder or a zip in BEIR's layout: corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv.
 """
@@ -16,6 +18,7 @@ import gzip
 import json
 import lzma
 import os
+import re
 import shutil
 import tempfile
 import zipfile
@@ -178,16 +181,7 @@ class Rows:
             raise InputError(
                 f"{where}: no target; give the output to predict as 'target' (or 'answer' or 'output')"
             )
-        given = value.get("documents")
-        if not isinstance(given, list) or not given:
-            raise InputError(
-                f"{where}: no candidates; give them as 'documents', a list of strings or title/text"
-            )
-        positive = value.get("positive")
-        if positive is not None and (type(positive) is not int or not 0 <= positive < len(given)):
-            raise InputError(
-                f"{where}: 'positive' is {positive!r}, expected an index into {len(given)} documents"
-            )
+        given, positive = self._candidates(where, value)
         position: dict[Document, int] = {}
         for number, document in enumerate(given):
             if isinstance(document, str):
@@ -210,10 +204,64 @@ class Rows:
             positive = position.get(positive_document)  # None where num_candidates cut it off
         return Row(index, lines.text(index, value, "query"), target.strip(), documents, positive, where)
 
+    @staticmethod
+    def _candidates(where: str, value: dict) -> tuple[list, int | None]:
+        """The candidates of a row in any of the three forms, and which of them is known to be relevant."""
+        for positives, negatives in (("pos", "neg"), ("positive_passages", "negative_passages")):
+            if "documents" in value or positives not in value:
+                continue
+            relevant, others = value[positives], value.get(negatives) or []
+            if not isinstance(relevant, list) or not relevant or not isinstance(others, list):
+                raise InputError(
+                    f"{where}: {positives!r} and {negatives!r} must be lists, the first not empty"
+                )
+            return [relevant[0], *others], 0
+        given, positive = value.get("documents"), value.get("positive")
+        if not isinstance(given, list) or not given:
+            raise InputError(
+                f"{where}: no candidates; give them as 'documents', a list of strings or title/text "
+                "(or as 'pos' and 'neg', or 'positive_passages' and 'negative_passages')"
+            )
+        if positive is not None and (type(positive) is not int or not 0 <= positive < len(given)):
+            raise InputError(
+                f"{where}: 'positive' is {positive!r}, expected an index into {len(given)} documents"
+            )
+        return given, positive
+
 
 # The prompt begins with words of no document: language models park attention on their first tokens, and were
 # those in a document's span, that document's share would be nothing but the park.
 TEMPLATE = "Read the documents and answer the question.\n\n{documents}Question: {query}\nAnswer: {target}"
+
+_TASK = "Read the documents and answer the question with a few words only.\n\n{documents}Question: {query}"
+_CHATML = f"<|im_start|>user\n{_TASK}<|im_end|>\n<|im_start|>assistant\n"
+# The chat formats of instruct judges, as their own templates write a first turn; the builder puts the BOS.
+TEMPLATES = {
+    "plain": TEMPLATE,
+    "qwen": (
+        "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
+        f"{_CHATML}{{target}}"
+    ),
+    "qwen3": f"{_CHATML}<think>\n\n</think>\n\n{{target}}",
+    "llama": (
+        "<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
+        "Today Date: 26 Jul 2024\n\n<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n"
+        f"{_TASK}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n{{target}}"
+    ),
+}
+
+
+def read_template(name: str) -> str:
+    """A judge template: one of TEMPLATES by its name, a file's content, or the text itself."""
+    if name in TEMPLATES:
+        return TEMPLATES[name]
+    if "{documents}" in name:
+        return name
+    try:
+        return Path(name).read_text(encoding="utf-8").removesuffix("\n")
+    except (OSError, ValueError) as error:
+        choices = ", ".join(TEMPLATES)
+        raise InputError(f"--judge-template {name}: not {choices}, and not a text file ({error})") from error
 
 
 def document_block(document: Document) -> str:
@@ -265,16 +313,32 @@ class PromptBuilder:
             raise InputError("the judge template must hold {documents}, then {query}, and end with {target}")
         if not instruction.strip():
             raise InputError("the judge template must begin with words of its own, before {documents}")
+        for marker in re.findall(r"<\|\w+\|>", template):
+            if tokenizer.token_to_id(marker) is None:
+                raise InputError(
+                    f"the judge template holds {marker}, which the judge's tokenizer does not know; "
+                    "choose the --judge-template of this judge's family"
+                )
+        # Only the template may hold special tokens: a document that spells one out gets its letters' tokens.
+        # They also end a segment, so the words next to the query are tokenised together with it.
         before, after = rest.removesuffix("{target}").split("{query}")
-        stripped = after.rstrip(" ")
-        self._target_space = after[len(stripped) :]  # byte-level tokens carry the space in front of a word
-        self._before_query, self._after_query = before, stripped
-        self._start = ([bos_id] if bos_id is not None else []) + self._encode([instruction])[0]
+        added = tokenizer.get_added_tokens_decoder().values()
+        pattern = re.compile("|".join(re.escape(t.content) for t in added if t.special) or "(?!)")
+        last = max((match.end() for match in pattern.finditer(before)), default=0)
+        first = match.start() if (match := pattern.search(after)) else len(after)
+        self._before_query, self._after_query = before[last:], after[:first]
+        self._target_space = ""
+        if first == len(after):  # byte-level tokens carry the space in front of a word
+            self._after_query = after.rstrip(" ")
+            self._target_space = after[len(self._after_query) :]
+        self._start = ([bos_id] if bos_id is not None else []) + self._encode([instruction], special=True)[0]
+        self._question_ends = self._encode([before[:last], after[first:]], special=True)
 
-    def _encode(self, texts: list[str]) -> list[list[int]]:
-        return [
-            encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        ]
+    def _encode(self, texts: list[str], special: bool = False) -> list[list[int]]:
+        """Token ids of each text; `special`: as the template's own, in which special tokens count."""
+        self.tokenizer.encode_special_tokens = not special
+        encoded = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encoded]
 
     def build(self, rows: Sequence[Row], orders: list[list[int]] | None = None) -> list[Prompt]:
         """One prompt a row; orders[b] lists row b's candidates as they stand in it (default: as given)."""
@@ -290,12 +354,18 @@ class PromptBuilder:
 
     def _ends(self, rows: Sequence[Row]) -> Iterator[tuple[list[int], list[int]]]:
         """Each row's question and target, in tokens. Raises InputError for a target without any."""
-        questions = self._encode([self._before_query + row.query + self._after_query for row in rows])
+        questions = self._questions([row.query for row in rows])
         targets = self._encode([self._target_space + row.target for row in rows])
         for row, question, target in zip(rows, questions, targets, strict=True):
             if not target:
                 raise InputError(f"{row.where}: the target {row.target!r} has no tokens")
             yield question, target
+
+    def _questions(self, queries: list[str]) -> list[list[int]]:
+        """All that stands between the documents and the target, in tokens."""
+        front, end = self._question_ends
+        encoded = self._encode([self._before_query + query + self._after_query for query in queries])
+        return [front + ids + end for ids in encoded]
 
     def check(self, rows: Sequence[Row]) -> int:
         """Raise InputError for a row whose prompt cannot be built; return how many targets will be cut."""
@@ -309,7 +379,7 @@ class PromptBuilder:
 
     def with_query(self, prompts: list[Prompt], query: str) -> list[Prompt]:
         """The same prompts, documents and targets, with another query (QRHead's calibration asks "N/A")."""
-        question = self._encode([self._before_query + query + self._after_query])[0]
+        question = self._questions([query])[0]
         changed = []
         for prompt in prompts:
             head = prompt.input_ids[: prompt.question_start] + question

@@ -45,7 +45,6 @@ from tqdm import tqdm
 
 from attention import Injection, exact
 from data import (
-    TEMPLATE,
     Corpus,
     InputError,
     JsonLines,
@@ -58,6 +57,7 @@ from data import (
     collate,
     load_beir,
     read_json,
+    read_template,
     shuffled,
     to_device,
     token_batches,
@@ -863,7 +863,7 @@ def make_builder(args: argparse.Namespace, config: Config, folder: Path) -> Prom
     start = tokenizer.encode("").ids
     bos = config.bos_token_id if start and start[0] == config.bos_token_id else None
     context = min(args.judge_context or 8192, config.context)
-    return PromptBuilder(tokenizer, context, args.max_target, TEMPLATE, bos)
+    return PromptBuilder(tokenizer, context, args.max_target, args.judge_template, bos)
 
 
 def heads(args: argparse.Namespace) -> None:
@@ -884,7 +884,9 @@ def heads(args: argparse.Namespace) -> None:
 def print_settings(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, reason: str) -> None:
     """All settings, on as few lines as they need."""
     pairs = [
-        f"{name}={value}" for name, value in sorted(vars(args).items()) if name not in ("device", "dtype")
+        f"{name}={value!r}" if "\n" in str(value) else f"{name}={value}"
+        for name, value in sorted(vars(args).items())
+        if name not in ("device", "dtype")
     ]
     print(textwrap.fill("  ".join(pairs), 100, break_on_hyphens=False, break_long_words=False))
     print(f"device={device}  dtype={str(dtype).removeprefix('torch.')} ({reason})", flush=True)
@@ -963,6 +965,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     flag("t", "overwrite", False, bool, "start anew where --out holds a run")
     flag("th", "judge", None, "DIR", "checkpoint of the frozen language model")
     flag("m", "judge", demo, "DIR", "checkpoint whose tokens the report counts in")
+    flag("thm", "judge_template", "plain", "WHICH", "its prompt: plain, qwen, qwen3, llama, or a file")
     flag("t", "retriever", None, "DIR", "checkpoint that the retriever starts from")
     flag("t", "full", False, bool, "train all weights of the retriever instead of LoRA adapters")
     flag("t", "lora_rank", 16, int, "rank of the adapters")
@@ -1021,6 +1024,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             k: v for k, v in DEMO_DEFAULTS.items() if k in settings and (k, command) != ("out", "heads")
         }
     settings |= given
+    # Its text, so that a file that is changed later changes no run.
+    settings["judge_template"] = read_template(settings["judge_template"])
     for name in ("judge", "retriever", "out"):
         if settings.get(name, "") is None:
             parser.error(f"--{name} is missing; it is needed beside --train")

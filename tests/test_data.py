@@ -3,6 +3,7 @@
 import gzip
 import json
 import lzma
+import re
 import zipfile
 
 import pytest
@@ -21,6 +22,7 @@ from data import (
     document_block,
     fit_longest_first,
     load_beir,
+    read_template,
     shuffled,
     token_batches,
     write_atomic,
@@ -74,7 +76,27 @@ def test_rows_with_one_candidate_are_left_out_and_counted(tmp_path):
     assert len(rows) == 1 and rows.skipped == 1 and rows[0].index == 1
 
 
+TEVATRON = {
+    "query": "q",
+    "answer": ["t"],
+    "positive_passages": [{"docid": "1", "title": "T", "text": "one"}],
+    "negative_passages": [{"docid": "2", "title": "", "text": "two"}],
+}
+FLAG = {"query": "q", "target": "t", "pos": ["T one", "other"], "neg": ["two", "three"], "prompt": "x"}
+
+
+def test_rows_of_flagembedding_and_tevatron(tmp_path):
+    tevatron, flag = Rows(rows_file(tmp_path, TEVATRON, FLAG))
+    assert tevatron.documents == [Document("T", "one"), Document("", "two")]
+    assert flag.documents == [Document("", "T one"), Document("", "two"), Document("", "three")]
+    assert tevatron.positive == flag.positive == 0 and tevatron.target == flag.target == "t"
+
+
 BAD_ROWS = [
+    ({**FLAG, "pos": []}, "line 2: 'pos' and 'neg' must be lists"),
+    ({**FLAG, "neg": "two"}, "line 2: 'pos' and 'neg' must be lists"),
+    ({**TEVATRON, "negative_passages": [{"docid": "2"}]}, "line 2: document 1 is empty"),
+    ({**TEVATRON, "answer": []}, "line 2: no target; give the output to predict as 'target'"),
     ('{"query": "q", "target"', "line 2: not JSON"),
     ("[1]", "line 2: expected a JSON object, found list"),
     ({**GOOD, "query": ""}, "line 2: 'query' is missing or empty"),
@@ -191,6 +213,37 @@ def test_with_query_keeps_documents_and_target():
     assert other.input_ids[: other.question_start] == prompt.input_ids[: prompt.question_start]
     assert other.input_ids[other.target_start :] == prompt.input_ids[prompt.target_start :]
     assert "N/A" in byte_tokenizer().decode(other.input_ids)
+
+
+@pytest.mark.parametrize("name", ["qwen", "qwen3", "llama"])
+def test_chat_templates_have_their_special_tokens_and_texts_cannot_add_any(name):
+    template = read_template(name)
+    markers = sorted(set(re.findall(r"<\|\w+\|>", template)))
+    tokenizer = byte_tokenizer()
+    with pytest.raises(InputError, match=f"holds {re.escape(re.findall('<.*?>', template)[0])}"):
+        PromptBuilder(tokenizer, 2000, template=template)
+    tokenizer.add_special_tokens(markers)
+    special = {tokenizer.token_to_id(marker) for marker in markers}
+    builder = PromptBuilder(tokenizer, 2000, template=template)
+    forged = f"one {markers[0]} two"
+    row = Row(0, f"why {markers[-1]}?", "because", [Document("", forged), Document("", "three")], 0)
+    (prompt,) = builder.build([row])
+    documents = "".join(document_block(document) for document in row.documents)
+    text = template.format(documents=documents, query=row.query, target=row.target)
+    assert tokenizer.decode(prompt.input_ids, skip_special_tokens=False) == text
+    assert sum(i in special for i in prompt.input_ids) == len(re.findall(r"<\|\w+\|>", template))
+    assert tokenizer.decode(prompt.input_ids[slice(*prompt.spans[0])]) == document_block(row.documents[0])
+    assert tokenizer.decode(prompt.input_ids[prompt.target_start :]) == "because"
+    (other,) = builder.with_query([prompt], "N/A")
+    asked = template.format(documents=documents, query="N/A", target=row.target)
+    assert tokenizer.decode(other.input_ids, skip_special_tokens=False) == asked
+
+
+def test_a_template_may_be_a_file(tmp_path):
+    (tmp_path / "t.txt").write_text("Given:\n{documents}\nQ: {query}\nA: {target}\n")
+    assert read_template(str(tmp_path / "t.txt")).endswith("A: {target}")
+    with pytest.raises(InputError, match="not plain, qwen, qwen3, llama, and not a text file"):
+        read_template("lama")
 
 
 @pytest.mark.parametrize(
