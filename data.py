@@ -2,7 +2,7 @@
 
 Everything read from outside is checked here, once, with the file and the line in the message; inside, data is
 trusted. Large files stay on disk: a JSON-lines file is an array of line offsets, and a line is parsed when it
-is asked for. This file never scores, trains or downloads anything.
+is asked for. This file never scores or trains.
 
 A training row, one JSON object a line (.jsonl, also .gz and .xz):
     {"query": "...", "target": "...", "documents": ["...", {"title": "...", "text": "..."}], "positive": 0}
@@ -14,39 +14,59 @@ their candidates are the first positive, then the negatives.
 A retrieval dataset is a folder or a zip in BEIR's layout: corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv.
 """
 
+import errno
 import gzip
+import hashlib
+import http.client
 import json
 import lzma
 import os
 import re
 import shutil
+import stat
 import tempfile
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
 import zipfile
+import zlib
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 import numpy as np
 import torch
+from filelock import FileLock
 from tokenizers import Tokenizer
 from torch import Tensor
+from tqdm import tqdm
+
+BAD_ZIP = (
+    zipfile.BadZipFile,
+    zlib.error,
+    EOFError,
+    NotImplementedError,
+    RuntimeError,
+)  # RuntimeError: encrypted
 
 
 class InputError(Exception):
     """Bad input: one line that names the file, the line and the field, and says what to do."""
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path, kind: type = dict) -> dict | list:
+    """The JSON object (or list) of a file. Raises InputError."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file") from error
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: not readable as JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    if not isinstance(content, kind):
+        raise InputError(f"{path}: expected a JSON {kind.__name__}, found {type(content).__name__}")
     return content
 
 
@@ -62,11 +82,178 @@ def write_atomic(path: str | Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")  # owner/name, owner/name@revision
+
+
+def fetch_repository(name: str, patterns: list[str], kind: str = "model") -> Path:
+    """The local copy of a Hugging Face repository, `owner/name` or `owner/name@revision`.
+
+    Fetches the files that match `patterns` and are not there yet, with progress, into the hub's own cache:
+    HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE count. kind: model, dataset. The folder's name is the
+    commit. Raises InputError.
+    """
+    from huggingface_hub import (
+        constants,
+        errors,
+        snapshot_download,
+    )  # only who names a repository waits for it
+
+    repository, _, revision = name.partition("@")
+    try:
+        folder = snapshot_download(
+            repository, repo_type=kind, revision=revision or None, allow_patterns=patterns
+        )
+        return Path(folder)
+    except errors.GatedRepoError:
+        reason = "is gated: accept its terms on its page, then set HF_TOKEN or run `hf auth login`"
+    except errors.RepositoryNotFoundError:
+        reason = "is not there, or private: check the name, or set HF_TOKEN"
+    except errors.RevisionNotFoundError:
+        reason = f"has no revision {revision!r}"
+    except errors.LocalEntryNotFoundError:
+        offline = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "no connection"
+        reason = f"is not, or not wholly, in {constants.HF_HUB_CACHE} ({offline}); fetch it once while online"
+    except Exception as error:  # the network library's own; what is fetched so far is kept
+        reason = f"could not be fetched ({' '.join(str(error).split())[:200]}); run again"
+    where = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{repository}"
+    raise InputError(f"{name}: no such folder here, and {where} {reason}")
+
+
+def cache_folder() -> Path:
+    """Where downloaded datasets are kept: $DREAM_CACHE, or ~/.cache/dream."""
+    return Path(os.environ.get("DREAM_CACHE") or Path.home() / ".cache" / "dream")
+
+
+def fetch_zip(url: str, folder: Path, md5: str | None = None) -> Path:
+    """Download a zip once and unpack its retrieval dataset to `folder`; nothing is done where that exists.
+
+    An interrupted download goes on where it stopped; `folder` appears whole or not at all. Raises InputError.
+    """
+    with FileLock(_beside(folder, ".lock")):  # two jobs on one machine fetch it once
+        if not folder.is_dir():
+            archive = _beside(folder, ".zip")
+            if not archive.exists():
+                download(url, archive, md5)
+            unpack(archive, folder)
+            archive.unlink()
+    return folder
+
+
+def _beside(folder: Path, suffix: str) -> Path:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    return folder.with_name(folder.name + suffix)
+
+
+def _request(url: str, **options) -> urllib.request.Request:
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme != "https" and parts.hostname not in ("localhost", "127.0.0.1", "::1"):
+        raise InputError(f"{url}: only https is fetched, or what this machine itself serves")
+    return urllib.request.Request(url, **options)
+
+
+def remote_size(url: str) -> int | None:
+    """Bytes behind an address; None where the server does not say."""
+    try:
+        with urllib.request.urlopen(_request(url, method="HEAD"), timeout=30) as response:
+            return int(response.headers.get("Content-Length") or 0) or None
+    except (OSError, http.client.HTTPException):
+        return None
+
+
+def download(url: str, path: Path, md5: str | None = None, patience: int = 5) -> None:
+    """Fetch a file, with progress. What comes is kept in PATH.part, from where any later call goes on.
+
+    patience: how many breaks of the connection in a row are forgiven. Raises InputError.
+    """
+    part, breaks, complete = _beside(path, ".part"), 0, False
+    while not complete:
+        have = part.stat().st_size if part.exists() else 0
+        headers = {"Range": f"bytes={have}-"} if have else {}
+        reason = "the connection broke"
+        try:
+            with urllib.request.urlopen(_request(url, headers=headers), timeout=60) as response:
+                have = have if response.status == 206 else 0  # some servers begin anew
+                length = response.headers.get("Content-Length")
+                total = have + int(length) if length else None
+                bar = tqdm(desc=path.name, total=total, initial=have, unit="B", unit_scale=True)
+                with bar, open(part, "ab" if have else "wb") as file:
+                    while chunk := response.read(1 << 20):
+                        file.write(chunk)
+                        bar.update(len(chunk))
+            complete = total is None or part.stat().st_size >= total
+        except urllib.error.HTTPError as error:
+            if error.code != 416:
+                raise InputError(f"{url}: the server answers {error.code} {error.reason}") from error
+            complete = True  # nothing is missing
+        except (OSError, http.client.HTTPException) as error:
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+                raise InputError(f"{part}: cannot be written ({error.strerror})") from error
+            reason = str(getattr(error, "reason", error)) or reason
+        if not complete:
+            breaks = 0 if part.exists() and part.stat().st_size > have else breaks + 1
+            if breaks == patience:
+                raise InputError(f"{url}: {reason}; run again, what came is kept in {part}")
+            time.sleep(min(2**breaks - 1, 10))
+    if md5 is not None:
+        digest = hashlib.md5(usedforsecurity=False)
+        with open(part, "rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+        if digest.hexdigest() != md5:
+            part.unlink()
+            raise InputError(
+                f"{url}: its md5 is {digest.hexdigest()}, published is {md5}; deleted, run again"
+            )
+    os.replace(part, path)
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """Unpack the dataset files of a zip to `folder`, whole or not at all. Raises InputError."""
+    temporary = _beside(folder, ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        with zipfile.ZipFile(archive) as zipped:
+            members = [m for m in safe_members(archive, zipped) if m.filename.endswith((".jsonl", ".tsv"))]
+            size, free = sum(m.file_size for m in members), shutil.disk_usage(folder.parent).free
+            if size > free:
+                raise InputError(
+                    f"{archive}: unpacks to {size / 1e9:.1f} GB, {folder.parent} has {free / 1e9:.1f} GB free"
+                )
+            for member in tqdm(members, desc=f"unpack {folder.name}", unit="file", disable=size < 1e9):
+                zipped.extract(member, temporary)
+        roots = {Path(m.filename).parts[0] for m in members}
+        inner = temporary / roots.pop() if len(roots) == 1 else temporary
+        os.replace(inner if inner.is_dir() else temporary, folder)
+    except BAD_ZIP as error:
+        archive.unlink()
+        raise InputError(
+            f"{archive}: not a whole zip ({error}); deleted, run again to fetch it anew"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def safe_members(archive: Path, zipped: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
+    """The files in a zip. One whose name leaves the folder, a link, or an absurd size: the zip is refused."""
+    members = [member for member in zipped.infolist() if not member.is_dir()]
+    for member in members:
+        path = PurePosixPath(member.filename)
+        if path.is_absolute() or ".." in path.parts or "\\" in member.filename or ":" in path.parts[0]:
+            raise InputError(f"{archive}: refused, its member {member.filename!r} would leave the folder")
+        if stat.S_ISLNK(member.external_attr >> 16):
+            raise InputError(f"{archive}: refused, its member {member.filename!r} is a link")
+    if sum(member.file_size for member in members) > 200 * max(archive.stat().st_size, 1 << 20):
+        raise InputError(f"{archive}: refused, it would unpack to more than 200 times its size")
+    return members
+
+
 def _open_seekable(path: Path, member: str | None = None) -> BinaryIO:
-    """A file, opened seekable; a compressed one or a zip's member goes to a temporary file first."""
+    """A file, opened seekable; a compressed one, a table or a zip's member goes to a temporary file first."""
     try:
         if member is not None:
             stream = zipfile.ZipFile(path).open(member)
+        elif path.suffix == ".parquet":
+            return _parquet_lines(path)
         elif path.suffix in (".gz", ".xz"):
             stream = (gzip.open if path.suffix == ".gz" else lzma.open)(path, "rb")
         else:
@@ -76,18 +263,53 @@ def _open_seekable(path: Path, member: str | None = None) -> BinaryIO:
             shutil.copyfileobj(stream, unpacked, 1 << 20)
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file") from error
-    except (OSError, EOFError, lzma.LZMAError, zipfile.BadZipFile) as error:
+    except (OSError, lzma.LZMAError, *BAD_ZIP) as error:
         raise InputError(f"{path}: cannot be read ({error})") from error
     unpacked.seek(0)
     return unpacked
 
 
-class JsonLines:
-    """The objects of a JSON-lines file, which may be larger than memory; blank lines do not count."""
+def _parquet_lines(path: Path) -> BinaryIO:
+    """The rows of a parquet file as JSON lines."""
+    try:
+        from pyarrow import ArrowInvalid, parquet
+    except ImportError as error:
+        raise InputError(f"{path}: reading parquet needs one more package: pip install pyarrow") from error
+    lines = tempfile.TemporaryFile()
+    try:
+        for batch in parquet.ParquetFile(path).iter_batches():
+            lines.writelines((json.dumps(row, default=str) + "\n").encode() for row in batch.to_pylist())
+    except ArrowInvalid as error:
+        raise InputError(f"{path}: not a whole parquet file ({str(error).splitlines()[0]})") from error
+    lines.seek(0)
+    return lines
 
-    def __init__(self, path: Path, member: str | None = None):
-        self.name = f"{path}:{member}" if member else str(path)
-        self._file = _open_seekable(path, member)
+
+Part = tuple[Path, str | None]  # a file, or a zip and the name of its member
+
+
+def _name(part: Part) -> str:
+    return f"{part[0]}:{part[1]}" if part[1] else str(part[0])
+
+
+class JsonLines:
+    """The objects of a JSON-lines file, which may be larger than memory; blank lines do not count.
+
+    Also of several files, one after another, and of parquet tables.
+    """
+
+    def __init__(self, *parts: Path | Part):
+        parts = [part if isinstance(part, tuple) else (part, None) for part in parts]
+        self.name = _name(parts[0]) + (f" and {len(parts) - 1} more" if parts[1:] else "")
+        self._file = _open_seekable(*parts[0])
+        if parts[1:]:
+            joined = tempfile.TemporaryFile()
+            for file in (self._file, *(_open_seekable(*part) for part in parts[1:])):
+                with file:
+                    shutil.copyfileobj(file, joined, 1 << 20)
+                joined.write(b"\n")
+            joined.seek(0)
+            self._file = joined
         self._offsets, self._lines = array("q"), array("q")
         offset = 0
         for number, line in enumerate(self._file, 1):
@@ -95,6 +317,12 @@ class JsonLines:
                 self._offsets.append(offset)
                 self._lines.append(number)
             offset += len(line)
+
+    def keep(self, indices: Iterable[int]) -> None:
+        """Forget all objects but these."""
+        indices = list(indices)
+        self._offsets = array("q", (self._offsets[i] for i in indices))
+        self._lines = array("q", (self._lines[i] for i in indices))
 
     def __len__(self) -> int:
         return len(self._offsets)
@@ -519,6 +747,11 @@ class RetrievalDataset:
     queries: dict[str, str]  # only those with judgements
     qrels: dict[str, dict[str, int]]
     groups: dict[str, set[str]] = field(default_factory=dict)  # of queries, from their metadata
+    fingerprint: str = ""  # of documents, queries and judgements
+    benchmark: str = ""  # what this is a part of: cqadupstack, CUREv1
+    task: str = ""  # mteb's name of it
+    subset: str = "default"  # of mteb's task
+    revision: str = ""  # of the copy that was read
     _corpus: "Corpus" = None
 
     @property
@@ -533,8 +766,8 @@ class RetrievalDataset:
 class Corpus:
     """The documents of a corpus.jsonl {_id, title, text}: streamed, or fetched by number."""
 
-    def __init__(self, path: Path, member: str | None = None):
-        self._lines = JsonLines(path, member)
+    def __init__(self, *parts: Path | Part):
+        self._lines = JsonLines(*parts)
         self.name = self._lines.name
         if not len(self._lines):
             raise InputError(f"{self.name}: no documents")
@@ -552,17 +785,28 @@ class Corpus:
     def __iter__(self) -> Iterator[tuple[str, Document]]:
         return (self[index] for index in range(len(self)))
 
-    def ids(self) -> dict[str, int]:
-        """id -> number; the place where duplicate ids are found."""
+    def check(self, repeats: bool = False) -> tuple[dict[str, int], str]:
+        """Read every line once: {id: number} and a fingerprint of ids and texts. Raises InputError.
+
+        repeats: a document that stands there again is left out; otherwise that is an error.
+        """
         numbers: dict[str, int] = {}
-        for index, (doc_id, _) in enumerate(self):
-            if numbers.setdefault(doc_id, index) != index:
+        kept, digest = array("q"), hashlib.blake2b(digest_size=16)
+        for index, (doc_id, document) in enumerate(self):
+            if doc_id not in numbers:
+                numbers[doc_id] = len(kept)
+                kept.append(index)
+                digest.update("\0".join((doc_id, document.title, document.text, "")).encode())
+            elif not repeats:
                 first = self._lines.where(numbers[doc_id]).rsplit(", ", 1)[-1]
                 raise InputError(f"{self._lines.where(index)}: _id {doc_id!r} stands already on {first}")
-        return numbers
+        if len(kept) < len(self):
+            self._lines.keep(kept)
+        return numbers, digest.hexdigest()
 
 
-def _identifier(lines: JsonLines, index: int, value: dict, key: str = "_id") -> str:
+def _identifier(lines: JsonLines, index: int, value: dict, *keys: str) -> str:
+    key = next((key for key in keys or ("_id", "id") if key in value), "_id")
     identifier = value.get(key)
     if isinstance(identifier, int) and not isinstance(identifier, bool):
         return str(identifier)
@@ -571,43 +815,42 @@ def _identifier(lines: JsonLines, index: int, value: dict, key: str = "_id") -> 
     return identifier
 
 
-def load_beir(path: str | Path, split: str = "test") -> RetrievalDataset:
-    """Read a BEIR folder or zip: corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv. Raises InputError.
+def load_dataset(
+    path: str | Path, split: str = "test", subset: str = "", queries_config: str = "queries"
+) -> RetrievalDataset:
+    """Read a folder or zip in BEIR's or mteb's layout. Raises InputError.
 
-    Judgements of documents that are not in the corpus are kept, as BEIR keeps them: such a document cannot be
-    found.
+    BEIR: corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv. mteb: the same with qrels/SPLIT.jsonl, or parquet, or
+    whatever files the card's `configs` name. split "all": all splits there are, repeated documents once.
+    subset: the prefix of mteb's configs (a language). Judgements of documents that are not in the corpus are
+    kept, as BEIR keeps them: such a document cannot be found.
     """
     path = Path(path)
-    if path.is_dir():
+    configs = _configs(path)
+    front = f"{subset}-" if subset else ""
 
-        def open_part(name: str) -> tuple[Path, str | None]:
-            return path / name, None
-    elif zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            members = archive.namelist()
+    def files(part: str, *names: str) -> list[Part]:
+        splits = next((configs[front + name] for name in names if configs.get(front + name)), None)
+        if splits is None:
+            found = ", ".join(sorted(configs)) or "nothing"
+            raise InputError(f"{path}: no {part}; expected BEIR's or mteb's layout, found {found}")
+        if split == "all":
+            return [file for found in splits.values() for file in found]
+        if split not in splits and (part == "qrels" or len(splits) > 1):
+            raise InputError(
+                f"{path}: no {part} for split {split!r}; splits there: {', '.join(sorted(splits))}"
+            )
+        return splits.get(split) or next(iter(splits.values()))
 
-        def open_part(name: str) -> tuple[Path, str | None]:
-            found = [
-                m
-                for m in members
-                if m == name or m.endswith(f"/{name}") and m.count("/") - name.count("/") == 1
-            ]
-            if not found:
-                raise InputError(
-                    f"{path}: holds no {name}; expected BEIR's corpus.jsonl, queries.jsonl, qrels/"
-                )
-            return path, found[0]
-    else:
-        raise InputError(f"{path}: neither a folder nor a zip; give a dataset in BEIR's layout")
-
-    qrels = _read_qrels(*open_part(f"qrels/{split}.tsv"))
-    lines = JsonLines(*open_part("queries.jsonl"))
+    several = split == "all"
+    qrels = _read_qrels(files("qrels", "default", "qrels"))
+    lines = JsonLines(*files("queries", queries_config))
     queries: dict[str, str] = {}
     groups: dict[str, set[str]] = {}
     for index in range(len(lines)):
         value = lines[index]
         query_id = _identifier(lines, index, value)
-        if query_id not in qrels:
+        if query_id not in qrels or several and query_id in queries:
             continue
         if query_id in queries:
             raise InputError(f"{lines.where(index)}: _id {query_id!r} occurs twice")
@@ -617,20 +860,103 @@ def load_beir(path: str | Path, split: str = "test") -> RetrievalDataset:
             groups.setdefault(metadata["entity"], set()).add(query_id)
     if missing := next((query_id for query_id in qrels if query_id not in queries), None):
         raise InputError(f"{lines.name}: query {missing!r} has judgements in {split} but no text here")
-    corpus = Corpus(*open_part("corpus.jsonl"))
-    corpus.ids()  # every line is checked now, not after hours of encoding
-    return RetrievalDataset(
-        path.resolve().name.removesuffix(".zip"), split, path, queries, qrels, groups, corpus
-    )
+    corpus = Corpus(*files("corpus", "corpus"))
+    _, digest = corpus.check(repeats=several)  # every line is read now, not after hours of encoding
+    judged = [[query_id, queries[query_id], sorted(qrels[query_id].items())] for query_id in sorted(qrels)]
+    fingerprint = hashlib.blake2b((digest + json.dumps(judged)).encode(), digest_size=16).hexdigest()
+    name = path.resolve().name.removesuffix(".zip")
+    return RetrievalDataset(name, split, path, queries, qrels, groups, fingerprint, task=name, _corpus=corpus)
 
 
-def _read_qrels(path: Path, member: str | None) -> dict[str, dict[str, int]]:
-    if member is None and not path.exists():
-        splits = sorted(file.stem for file in path.parent.glob("*.tsv"))
-        raise InputError(f"{path}: no such file; splits there: {', '.join(splits) or 'none'}")
-    name = f"{path}:{member}" if member else str(path)
+def _configs(path: Path) -> dict[str, dict[str, list[Part]]]:
+    """The tables of a dataset, {config: {split: files}}, by its card, else by the names of its files."""
+    if path.is_dir():
+        if card := card_configs(path):
+            return {
+                config: {
+                    split: [(file, None) for pattern in patterns for file in sorted(path.glob(pattern))]
+                    for split, patterns in splits.items()
+                }
+                for config, splits in card.items()
+            }
+        names = {str(file.relative_to(path)): (file, None) for file in sorted(path.glob("*"))}
+        names |= {str(file.relative_to(path)): (file, None) for file in sorted(path.glob("*/*"))}
+    elif zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            members = [member.filename for member in safe_members(path, archive)]
+        top = {name.partition("/")[0] for name in members}
+        front = f"{top.pop()}/" if len(top) == 1 and all("/" in name for name in members) else ""
+        names = {name.removeprefix(front): (path, name) for name in sorted(members)}
+    else:
+        raise InputError(f"{path}: neither a folder nor a zip; give a dataset in BEIR's or mteb's layout")
+    configs: dict[str, dict[str, list[Part]]] = {}
+    for name, part in names.items():
+        match = TABLE_FILE.fullmatch(name)
+        if match and not (match["kind"].startswith("jsonl") and re.sub(r"\.jsonl.*", ".tsv", name) in names):
+            config, split = match["config"], match["split"] or match["config"]
+            configs.setdefault(config, {}).setdefault(split, []).append(part)
+    return configs
+
+
+# corpus.jsonl, qrels/test.tsv, corpus/test-00000-of-00002.parquet
+TABLE_FILE = re.compile(
+    r"(?P<config>[\w-]+?)(/(?P<split>[\w-]+?)(-\d+-of-\d+)?)?\.(?P<kind>jsonl(\.gz|\.xz)?|tsv|parquet)"
+)
+
+
+def card_configs(folder: Path) -> dict[str, dict[str, list[str]]]:
+    """What a dataset's card (README.md) says of its files: {config: {split: patterns}}; {} without one."""
+    try:
+        text = (folder / "README.md").read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return {}
+    if not text.startswith("---\n") or "\n---" not in text[4:]:
+        return {}
+    import yaml  # huggingface_hub brings it
+
+    try:
+        header = yaml.safe_load(text[4:].split("\n---")[0])
+        configs: dict[str, dict[str, list[str]]] = {}
+        for entry in (header or {}).get("configs") or []:
+            files = entry["data_files"]
+            files = [{"split": "train", "path": files}] if isinstance(files, str) else files
+            for file in files:
+                paths = [file["path"]] if isinstance(file["path"], str) else file["path"]
+                if any(path.startswith("/") or ".." in path.split("/") for path in paths):
+                    raise InputError(f"{folder / 'README.md'}: refused, data_files outside of the folder")
+                configs.setdefault(entry["config_name"], {})[str(file["split"])] = paths
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{folder / 'README.md'}: its header's configs cannot be read ({error!r})"
+        ) from error
+    return configs
+
+
+def _read_qrels(parts: list[Part]) -> dict[str, dict[str, int]]:
     qrels: dict[str, dict[str, int]] = {}
-    with _open_seekable(path, member) as file:
+    for part in parts:
+        judgements = _tsv_judgements if _name(part).endswith(".tsv") else _json_judgements
+        for query_id, doc_id, grade in judgements(part):
+            qrels.setdefault(query_id, {})[doc_id] = grade
+    if not qrels:
+        raise InputError(f"{', '.join(map(_name, parts))}: no judgements")
+    return qrels
+
+
+def _json_judgements(part: Part) -> Iterator[tuple[str, str, int]]:
+    lines = JsonLines(part)
+    for index in range(len(lines)):
+        value = lines[index]
+        score = value.get("score")
+        if isinstance(score, bool) or not isinstance(score, int | float) or score != int(score):
+            raise InputError(f"{lines.where(index)}: 'score' is {score!r}, expected a whole number")
+        query_id = _identifier(lines, index, value, "query-id")
+        yield query_id, _identifier(lines, index, value, "corpus-id"), int(score)
+
+
+def _tsv_judgements(part: Part) -> Iterator[tuple[str, str, int]]:
+    name = _name(part)
+    with _open_seekable(*part) as file:
         for number, line in enumerate(file, 1):
             try:
                 fields = line.decode("utf-8-sig").rstrip("\r\n").split("\t")
@@ -640,14 +966,10 @@ def _read_qrels(path: Path, member: str | None) -> dict[str, dict[str, int]]:
                 continue
             try:
                 query_id, doc_id, score = fields
-                grade = int(score)
+                yield query_id, doc_id, int(score)
             except ValueError as error:
                 if number == 1:
                     continue  # the header
                 raise InputError(
                     f"{name}, line {number}: expected query-id, corpus-id and a whole score with tabs between"
                 ) from error
-            qrels.setdefault(query_id, {})[doc_id] = grade
-    if not qrels:
-        raise InputError(f"{name}: no judgements")
-    return qrels

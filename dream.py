@@ -55,7 +55,6 @@ from data import (
     Row,
     Rows,
     collate,
-    load_beir,
     read_json,
     read_template,
     shuffled,
@@ -63,7 +62,7 @@ from data import (
     token_batches,
     write_atomic,
 )
-from eval import BM25, bm25_hits, dense_hits, evaluate_embedder, evaluate_hits, resolve_dataset
+from eval import BM25, bm25_hits, dense_hits, evaluate_embedder, evaluate_hits, expand_names, resolve_datasets
 from model import (
     PROJECTIONS,
     Cache,
@@ -519,12 +518,13 @@ def build_retriever(
     args: argparse.Namespace, device: torch.device, dtype: torch.dtype, judge: Checkpoint, resume: Path | None
 ) -> Embedder:
     """The retriever to train: a base with LoRA, or all its weights in float32; or as saved in `resume`."""
-    same = Path(args.retriever).resolve() == judge.folder.resolve()
+    folder = find_folder(args.retriever)
+    same = folder.resolve() == judge.folder.resolve()
     if args.full:
-        checkpoint = Checkpoint(resume or args.retriever, device, torch.float32)
+        checkpoint = Checkpoint(resume or folder, device, torch.float32)
         decoder = checkpoint.decoder().requires_grad_()
     else:
-        checkpoint = judge if same else Checkpoint(args.retriever, device, dtype)  # one copy of equal weights
+        checkpoint = judge if same else Checkpoint(folder, device, dtype)  # one copy of equal weights
         decoder = checkpoint.decoder()
         if resume:
             load_adapter(decoder, resume)
@@ -532,7 +532,7 @@ def build_retriever(
             torch.manual_seed(args.seed)
             add_lora(decoder, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets)
     prompts = {"query": args.query_prompt, "document": args.document_prompt}
-    tokenizer = load_tokenizer(find_folder(args.retriever), checkpoint.config)
+    tokenizer = load_tokenizer(folder, checkpoint.config)
     return Embedder(decoder, tokenizer, args.max_length, prompts, args.append_eos, dtype)
 
 
@@ -552,7 +552,8 @@ def save_checkpoint(
     folder = out / f"step-{step:06d}"
     temporary = out / f".{folder.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
-    save_embedder(retriever, temporary, str(Path(args.retriever).resolve()))
+    base = Path(args.retriever)
+    save_embedder(retriever, temporary, str(base.resolve()) if base.is_dir() else args.retriever)
     state = {
         f"{name}.{key}": value.contiguous()
         for name, parameter in trainable(retriever).items()
@@ -595,7 +596,7 @@ def train(args: argparse.Namespace) -> None:
     device = pick_device(args.device)
     dtype, reason = pick_dtype(args.dtype, device)
     print_settings(args, device, dtype, reason)
-    tests = [resolve_dataset(name, "test") for name in args.test]
+    tests = [d for name in expand_names(args.test) for d in resolve_datasets(name)]
     fit(args, tests, device, dtype)
     finish(Path(args.out), tests, device, dtype)
 
@@ -618,7 +619,11 @@ def fit(
     held_out, usable = [rows[i] for i in order[:aside]], sorted(order[aside:])
     if not held_out:
         raise InputError(f"{args.train}: {len(rows)} rows are too few, at least 10 are needed")
-    dev = load_beir(args.dev, args.dev_split) if args.dev else None
+    dev = None
+    if args.dev:
+        dev, *others = resolve_datasets(args.dev, args.dev_split)
+        if others:
+            raise InputError(f"--dev {args.dev}: has several parts; give one of them")
 
     checkpoint = Checkpoint(args.judge, device, dtype)
     judge = checkpoint.causal_lm()
@@ -631,7 +636,7 @@ def fit(
         heads, saved = select_heads(judge, builder, held_out, args, device)
         if args.overwrite and out.exists():  # only now that all input was read, --heads may lie in there
             shutil.rmtree(out)
-        write_atomic(out / "settings.json", json.dumps(vars(args), indent=1) + "\n")
+        write_atomic(out / "settings.json", json.dumps({**vars(args), "rows": len(rows)}, indent=1) + "\n")
         write_atomic(out / "heads.json", json.dumps(saved) + "\n")
         results = {"bm25": [], "before": [], "after": []}
         for dataset in tests:
@@ -774,7 +779,7 @@ def mine(args: argparse.Namespace) -> None:
     best other documents by BM25 or an embedder. Answers are not used to choose candidates."""
     path = Path(args.corpus)
     corpus = Corpus(path / "corpus.jsonl" if path.is_dir() else path)
-    numbers = corpus.ids()
+    numbers, _ = corpus.check()
     lines = JsonLines(Path(args.questions))
     questions = [read_question(lines, index, numbers) for index in range(len(lines))]
     if args.limit and args.limit < len(questions):
@@ -790,7 +795,7 @@ def mine(args: argparse.Namespace) -> None:
         device = pick_device(args.device)
         embedder = load_embedder(args.by, device, pick_dtype(args.dtype, device)[0])
         named = {str(number): query for number, query in enumerate(queries)}
-        dataset = RetrievalDataset(path.name, "", path, named, {}, {}, corpus)
+        dataset = RetrievalDataset(path.name, "", path, named, {}, _corpus=corpus)
         found = dense_hits(embedder, dataset, wanted).indices
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -827,7 +832,7 @@ def read_question(lines: JsonLines, index: int, numbers: dict[str, int]) -> dict
 
 def report_targets(args: argparse.Namespace, path: Path) -> None:
     """How many targets occur, letter by letter, in a candidate as the judge will see it, per source."""
-    folder = find_folder(args.judge)
+    folder = find_folder(args.judge, weights=False)
     builder = make_builder(args, Config.read(folder / "config.json"), folder)
     rows, sources = Rows(path), JsonLines(path)
     table: dict[str, list[int]] = {}
@@ -860,8 +865,7 @@ def report_targets(args: argparse.Namespace, path: Path) -> None:
 def make_builder(args: argparse.Namespace, config: Config, folder: Path) -> PromptBuilder:
     """The judge's prompts, in its own tokens; a BOS where its tokenizer puts one."""
     tokenizer = load_tokenizer(folder, config)
-    start = tokenizer.encode("").ids
-    bos = config.bos_token_id if start and start[0] == config.bos_token_id else None
+    bos = config.bos_token_id if tokenizer.encode("a").ids[0] == config.bos_token_id else None
     context = min(args.judge_context or 8192, config.context)
     return PromptBuilder(tokenizer, context, args.max_target, args.judge_template, bos)
 
@@ -956,17 +960,29 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
     demo = str(DEMO / "checkpoint")
     flag("th", "train", None, "FILE", "training rows, .jsonl (also .gz, .xz)")
-    flag("t", "dev", None, "PATH", "BEIR folder or zip for evaluation in training; decides what is best")
+    flag(
+        "t",
+        "dev",
+        None,
+        "NAME",
+        "dataset for evaluation in training, decides what is best; named as in eval.py",
+    )
     flag("t", "dev_split", "dev", "NAME", "its split")
-    flag("t", "test", [], "PATH", "datasets evaluated before and after training", nargs="*")
+    flag("t", "test", [], "NAME", "datasets evaluated before and after training, likewise", nargs="*")
     flag("t", "out", None, "DIR", "the run's folder")
     flag("h", "out", "heads.json", "FILE", "where the heads are written")
     flag("t", "resume", None, "DIR", "go on with this run, by its own settings")
     flag("t", "overwrite", False, bool, "start anew where --out holds a run")
-    flag("th", "judge", None, "DIR", "checkpoint of the frozen language model")
-    flag("m", "judge", demo, "DIR", "checkpoint whose tokens the report counts in")
+    flag(
+        "th",
+        "judge",
+        None,
+        "NAME",
+        "frozen language model: a folder, or owner/name[@revision] on the Hugging Face hub",
+    )
+    flag("m", "judge", demo, "NAME", "checkpoint whose tokens the report counts in")
     flag("thm", "judge_template", "plain", "WHICH", "its prompt: plain, qwen, qwen3, llama, or a file")
-    flag("t", "retriever", None, "DIR", "checkpoint that the retriever starts from")
+    flag("t", "retriever", None, "NAME", "checkpoint that the retriever starts from, likewise")
     flag("t", "full", False, bool, "train all weights of the retriever instead of LoRA adapters")
     flag("t", "lora_rank", 16, int, "rank of the adapters")
     flag("t", "lora_alpha", 32.0, float, "their scale is alpha / rank")
@@ -1024,6 +1040,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             k: v for k, v in DEMO_DEFAULTS.items() if k in settings and (k, command) != ("out", "heads")
         }
     settings |= given
+    for name in ("train", "judge", "retriever"):  # found again from any folder
+        if settings.get(name) and Path(settings[name]).exists():
+            settings[name] = str(Path(settings[name]).resolve())
     # Its text, so that a file that is changed later changes no run.
     settings["judge_template"] = read_template(settings["judge_template"])
     for name in ("judge", "retriever", "out"):

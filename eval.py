@@ -2,9 +2,15 @@
 
     python eval.py --dataset demo                            the demo's test set, model runs/demo
     python eval.py --dataset demo --model bm25               the same without learning
-    python eval.py --dataset beir/scifact beir/nfcorpus.zip --model runs/big --json scores.json
-    python eval.py --dataset beir/msmarco --split dev --model runs/big --run msmarco.trec
-    python eval.py --dataset beir/nq --model runs/big --device cuda --dtype bfloat16 --batch-tokens 131072
+    python eval.py --dataset scifact nfcorpus --model runs/big --json scores.json
+    python eval.py --dataset beir13 --model yixuantt/DREAM-0.5B --device cuda --batch-tokens 131072
+    python eval.py --dataset rteb --model Qwen/Qwen3-Embedding-0.6B --max-length 8192 --mteb results
+    python eval.py --dataset path/to/folder other.zip --split dev --run {dataset}.trec
+
+Public datasets are fetched once, by their names: BEIR's fifteen (groups beir, beir13, beir9; cqadupstack is
+the mean of its twelve parts) from $BEIR_URL into $DREAM_CACHE (~/.cache/dream), RTEB's open tasks (rteb)
+through the Hugging Face hub. Anything else is the path of a folder or zip in BEIR's or mteb's layout; write
+./scifact for a folder that bears a public name.
 
 The commands are the same on a CPU and on a GPU, which is taken when there is one; raise --batch-tokens as its
 memory allows. A corpus is streamed from disk: in memory are its ids, the texts and embeddings of one block of
@@ -13,13 +19,18 @@ documents, and the best hits so far of every query.
 The order of hits is pytrec_eval's: score descending, compared as float32, then document id descending as a
 string. Gains are linear, and a judgement below 1 is not relevant. Every judged query counts: one missing from
 the run scores 0 (pytrec_eval leaves it out of the mean), as does one without a relevant document. A document
-with the query's own id is dropped, as in BEIR (--keep-identical-ids keeps it).
+with the query's own id is dropped, as in BEIR (--identical-ids).
 """
 
 import argparse
+import difflib
+import itertools
 import json
 import math
+import os
 import re
+import shutil
+import subprocess
 import sys
 import time
 from array import array
@@ -35,14 +46,76 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import InputError, RetrievalDataset, load_beir, token_batches, write_atomic
-from model import Embedder, load_embedder, pick_device, pick_dtype, resolve_run
+from data import (
+    InputError,
+    RetrievalDataset,
+    cache_folder,
+    card_configs,
+    fetch_repository,
+    fetch_zip,
+    load_dataset,
+    remote_size,
+    token_batches,
+    write_atomic,
+)
+from model import Embedder, find_folder, load_embedder, pick_device, pick_dtype, resolve_run
 
 CUTOFFS = (1, 3, 5, 10, 100, 1000)
 BATCH_TOKENS = 16_384
 DOCUMENT_BLOCK = 32_768  # documents read, sorted by length and encoded at a time
 MARGIN = 128  # hits kept beyond k: top-k breaks ties arbitrarily, the final sort by id needs the tied ones
 DEFAULT_MODEL = "runs/demo"
+MTEB_LAYOUT = "2.26.24"  # the mteb whose result files --mteb writes
+MTEB_DROPS = {"MSMARCO", "FiQA2018", "ArguAna", "QuoraRetrieval", "FEVER"}  # identical ids, elsewhere kept
+
+# What is public under a name. BEIR: the task's name in mteb, and the md5 that its authors list for the zip.
+BEIR_URL = "https://public.ukp.informatik.tu-darmstadt.de/thakur/BEIR/datasets"
+BEIR = {
+    "msmarco": ("MSMARCO", "444067daf65d982533ea17ebd59501e4"),
+    "trec-covid": ("TRECCOVID", "ce62140cb23feb9becf6270d0d1fe6d1"),
+    "nfcorpus": ("NFCorpus", "a89dba18a62ef92f7d323ec890a0d38d"),
+    "nq": ("NQ", "d4d3d2e48787a744b6f6e691ff534307"),
+    "hotpotqa": ("HotpotQA", "f412724f78b0d91183a0e86805e16114"),
+    "fiqa": ("FiQA2018", "17918ed23cd04fb15047f73e6c3bd9d9"),
+    "arguana": ("ArguAna", "8ad3e3c2a5867cdced806d6503f29b99"),
+    "webis-touche2020": ("Touche2020", "46f650ba5a527fc69e0a6521c5a23563"),
+    "cqadupstack": ("CQADupstack", "4e41456d7df8ee7760a7f866133bda78"),
+    "quora": ("QuoraRetrieval", "18fb154900ba42a600f84b839c173167"),
+    "dbpedia-entity": ("DBPedia", "c2a39eb420a3164af735795df012ac2c"),
+    "scidocs": ("SCIDOCS", "38121350fc3a4d2f48850f6aff52e4a9"),
+    "fever": ("FEVER", "5a818580227bfb4b35bb6fa46d9b6c03"),
+    "climate-fever": ("ClimateFEVER", "8b66f0a9126c521bae2bde127b4dc99d"),
+    "scifact": ("SciFact", "5f7d1de60b170fc8027bb7898e2efca1"),
+}
+# RTEB's open tasks by mteb's names: repository and the revision that mteb pins.
+RTEB = {
+    "AILACasedocs": ("mteb/AILA_casedocs", "4106e6bcc72e0698d714ea8b101355e3e238431a"),
+    "AILAStatutes": ("mteb/AILA_statutes", "ebfcd844eadd3d667efa3c57fc5c8c87f5c2867e"),
+    "LegalSummarization": ("mteb/legal_summarization", "3bb1a05c66872889662af04c5691c14489cebd72"),
+    "FinanceBenchRetrieval": ("mteb/FinanceBenchRetrieval", "c5215673492044833ff5e0dfd9b5fa848d5df0f2"),
+    "HC3FinanceRetrieval": ("mteb/HC3FinanceRetrieval", "f7674417d3552fd20e071762bff049137f17b075"),
+    "FinQARetrieval": ("mteb/FinQARetrieval", "18dbd07c4e9dc8328d10a53b98f3caad6b7e07d9"),
+    "AppsRetrieval": ("CoIR-Retrieval/apps", "f22508f96b7a36c2415181ed8bb76f76e04ae2d5"),
+    "DS1000Retrieval": ("mteb/DS1000Retrieval", "26779eaf6daa2b7984cb33ec450817fd188aab30"),
+    "HumanEvalRetrieval": ("embedding-benchmark/HumanEval", "ed1f48aca747f10bac146795328e2f03326e7625"),
+    "MBPPRetrieval": ("embedding-benchmark/MBPP", "586a1fd6a0c63fdeda3b49c0293559a81c79cdec"),
+    "WikiSQLRetrieval": ("mteb/WikiSQLRetrieval", "add6c3faf0d972ebb139b30fa6c4f955d99635c5"),
+    "FreshStackRetrieval": ("mteb/FreshStackRetrieval", "6faa3e4ff1c7d31824c32ee0a9dd580aba8bad11"),
+    "ChatDoctorRetrieval": (
+        "embedding-benchmark/ChatDoctor_HealthCareMagic",
+        "50c2986fedffa33b38afd5c1752026f8e9e5ed1d",
+    ),
+    "CUREv1": ("clinia/CUREv1", "3bcf51c91e04d04a8a3329dfbe988b964c5cbe83"),
+    "SWEbenchCodeRetrieval": (
+        "embedding-benchmark/SWEbenchCodeRetrieval",
+        "440b0e732b8d02c16df2c95352ab6770abe997da",
+    ),
+    "LegalQuAD": ("mteb/LegalQuAD", "37aa6cfb01d48960b0f8e3f17d6e3d99bf1ebc3e"),
+    "MIRACLRetrievalHardNegatives": (
+        "mteb/MIRACLRetrievalHardNegatives",
+        "d7d94fa4b946cec4a27c84653aa0cf6b33f74a3c",
+    ),
+}
 
 
 @torch.no_grad()
@@ -357,20 +430,24 @@ def evaluate(
 
 
 def evaluate_hits(
-    dataset: RetrievalDataset, hits: Hits, k: int, keep_identical_ids: bool = False
+    dataset: RetrievalDataset, hits: Hits, k: int, keep_identical_ids: bool = False, per_query: bool = False
 ) -> tuple[dict, dict[str, dict[str, float]]]:
     """The result of one dataset as it stands in --json, and its run cut at k. Raises InputError."""
     if len(set(hits.doc_ids)) < len(hits.doc_ids):
         ((twice, _),) = Counter(hits.doc_ids).most_common(1)
-        raise InputError(f"{dataset.path}: corpus.jsonl holds _id {twice!r} more than once")
+        raise InputError(f"{dataset.path}: the corpus holds _id {twice!r} more than once")
     run, ambiguous = make_run(dataset.queries, hits, k, keep_identical_ids)
-    per_query = score_queries(run, dataset.qrels, [cutoff for cutoff in CUTOFFS if cutoff <= k])
+    table = score_queries(run, dataset.qrels, [cutoff for cutoff in CUTOFFS if cutoff <= k])
     result = {
         "dataset": dataset.name,
         "split": dataset.split,
         "queries": len(dataset.qrels),
         "documents": len(hits.doc_ids),
-        "metrics": {name: round(float(values.mean()), 5) for name, values in per_query.items()},
+        "fingerprint": dataset.fingerprint,
+        "revision": dataset.revision,
+        "part_of": dataset.benchmark,
+        "identical_ids": "kept" if keep_identical_ids else "dropped",
+        "metrics": {name: round(float(values.mean()), 5) for name, values in table.items()},
         "queries_without_hits": sum(not found for found in run.values()),
         "queries_with_ties_beyond_k": int(ambiguous),
     }
@@ -378,8 +455,11 @@ def evaluate_hits(
         result["groups"] = {}
         for group, members in dataset.groups.items():
             rows = np.array([query_id in members for query_id in dataset.qrels])  # (Q,)
-            means = {name: round(float(values[rows].mean()), 5) for name, values in per_query.items()}
+            means = {name: round(float(values[rows].mean()), 5) for name, values in table.items()}
             result["groups"][group] = {"queries": int(rows.sum()), **means}
+    if per_query:
+        scores = map(float, table["ndcg@10"])
+        result["ndcg@10_per_query"] = {q: round(x, 5) for q, x in zip(dataset.qrels, scores, strict=True)}
     return result, run
 
 
@@ -408,15 +488,170 @@ def write_run(path: Path, run: dict[str, dict[str, float]], tag: str) -> None:
     write_atomic(path, "".join(parts))
 
 
-def resolve_dataset(name: str, split: str) -> RetrievalDataset:
-    """A BEIR folder or .zip by its path, or the demo's test set by its name. Raises InputError."""
+MIRACL = "ar bn de en es fa fi fr hi id ja ko ru sw te th yo zh".split()
+CURE = (
+    "all dentistry_and_oral_health dermatology gastroenterology genetics neuroscience_and_neurology "
+    "orthopedic_surgery otorhinolaryngology plastic_surgery psychiatry_and_psychology pulmonology"
+).split()
+REVELA = (  # the thirteen that Revela reports
+    "arguana climate-fever dbpedia-entity fever fiqa hotpotqa nfcorpus nq quora scidocs scifact trec-covid "
+    "webis-touche2020"
+).split()
+GROUPS = {
+    "beir": list(BEIR),
+    "beir13": REVELA,
+    # Which nine DREAM reports is not known to us: these are the nine with fewer than a million documents.
+    "beir9": "arguana cqadupstack fiqa nfcorpus quora scidocs scifact trec-covid webis-touche2020".split(),
+    # The fourteen open English tasks, most likely those that DREAM reports.
+    "rteb": list(RTEB)[:14],
+}
+
+
+def beir_url() -> str:
+    """Where BEIR's zips are: $BEIR_URL, or its authors' server."""
+    return os.environ.get("BEIR_URL", BEIR_URL).rstrip("/")
+
+
+def expand_names(names: Iterable[str]) -> list[str]:
+    """Groups replaced by their members, each name once; what is missing of BEIR's is told with its size."""
+    expanded = list(dict.fromkeys(member for name in names for member in GROUPS.get(name, [name])))
+    cache = cache_folder()
+    missing = [name for name in expanded if name in BEIR and not (cache / name).is_dir()]
+    if missing:
+        sizes = {name: remote_size(f"{beir_url()}/{name}.zip") or 0 for name in missing}
+        told = ", ".join(f"{n} {size / 1e6:,.0f} MB" if size else f"{n} (?)" for n, size in sizes.items())
+        cache.mkdir(parents=True, exist_ok=True)
+        free, total = shutil.disk_usage(cache).free, sum(sizes.values())
+        print(
+            f"to fetch into {cache}: {told}; unpacked about {4 * total / 1e9:.1f} GB, free {free / 1e9:.1f}",
+            flush=True,
+        )
+        if total > free:
+            raise InputError(f"{cache}: too little space; set DREAM_CACHE to a folder on a larger disk")
+    return expanded
+
+
+def resolve_datasets(name: str, split: str | None = None) -> list[RetrievalDataset]:
+    """The dataset of a path or a public name, fetched first if need be; several where it has parts.
+
+    name: `demo`, one of BEIR's names, one of RTEB's tasks, else a folder or .zip in BEIR's or mteb's layout.
+    split: None: the usual one (msmarco: dev; else test). Raises InputError.
+    """
     if name == "demo":
-        dataset = load_beir(Path(__file__).parent / "demo" / "test", split)
-        dataset.name = "demo"
-        return dataset
-    if not Path(name).exists():
-        raise InputError(f"--dataset {name}: no such folder or .zip; give a BEIR dataset's path, or demo")
-    return load_beir(Path(name), split)
+        dataset = load_dataset(Path(__file__).parent / "demo" / "test", split or "test")
+        dataset.name = dataset.task = "demo"
+        return [dataset]
+    if name in BEIR:
+        task, md5 = BEIR[name]
+        folder = fetch_zip(f"{beir_url()}/{name}.zip", cache_folder() / name, md5)
+        datasets = _load_parts(folder, name, split or ("dev" if name == "msmarco" else None))
+        for dataset in datasets:
+            part = dataset.name.removeprefix(name).strip("-")
+            dataset.task = f"{task}{part.capitalize()}Retrieval" if part else task
+            dataset.revision = f"md5-{md5}"
+        return datasets
+    if name in RTEB:
+        return [_load_task(name, *part) for part in _task_parts(name, split)]
+    if Path(name).exists():
+        return _load_parts(Path(name), Path(name).resolve().name.removesuffix(".zip"), split)
+    known = ["demo", *GROUPS, *BEIR, *RTEB]
+    close = [other for other in known if other.lower().startswith(name.lower())]
+    close = close or difflib.get_close_matches(name, known, 1)
+    hint = f"did you mean {close[0]}?" if close else f"names: {', '.join(known)}"
+    raise InputError(f"--dataset {name}: no such folder or .zip, and not a name of a public dataset; {hint}")
+
+
+def _load_parts(path: Path, name: str, split: str | None) -> list[RetrievalDataset]:
+    """The dataset of a folder or zip, or those of its sub-folders (cqadupstack)."""
+    parts = sorted(file.parent for file in path.glob("*/corpus.jsonl")) if path.is_dir() else []
+    if (path / "corpus.jsonl").exists() or not parts:
+        dataset = load_dataset(path, split or "test")
+        dataset.name = dataset.task = name
+        return [dataset]
+    datasets = [load_dataset(part, split or "test") for part in parts]
+    for dataset in datasets:
+        dataset.benchmark, dataset.name = name, f"{name}-{dataset.name}"
+        dataset.task = dataset.name
+    return datasets
+
+
+def _task_parts(name: str, split: str | None) -> list[tuple[str, str, str, str]]:
+    """(split, subset in mteb, prefix of its configs, config of its queries) of each part of an RTEB task."""
+    if name == "CUREv1":
+        return [(part, "en", "", "queries-en") for part in ([split] if split else CURE)]
+    if name == "MIRACLRetrievalHardNegatives":
+        return [(split or "dev", language, language, "queries") for language in MIRACL]
+    return [(split or "test", "default", "", "queries")]
+
+
+def _load_task(name: str, split: str, subset: str, prefix: str, queries_config: str) -> RetrievalDataset:
+    """A part of an RTEB task from the hub: its card first, then only the files that the card names for it."""
+    repository, revision = RTEB[name]
+    folder = fetch_repository(f"{repository}@{revision}", ["README.md"], "dataset")
+    wanted = [
+        f"{prefix}-{part}" if prefix else part for part in ("corpus", queries_config, "qrels", "default")
+    ]
+    patterns = [
+        path
+        for config, splits in card_configs(folder).items()
+        for path in itertools.chain(*splits.values())
+        if config in wanted
+    ]
+    patterns = ["README.md", *(patterns or ["*.jsonl", "*.tsv", "*.parquet"])]
+    folder = fetch_repository(f"{repository}@{revision}", patterns, "dataset")
+    dataset = load_dataset(folder, split, prefix, queries_config)
+    dataset.name, dataset.task, dataset.subset = name, name, subset
+    if name in ("CUREv1", "MIRACLRetrievalHardNegatives"):
+        dataset.benchmark, dataset.name = name, f"{name}-{prefix or split}"
+    dataset.revision = revision
+    return dataset
+
+
+def average(results: list[dict]) -> dict[str, dict[str, float]]:
+    """Unweighted means: of each benchmark over its parts, and, as "mean", over benchmarks and datasets."""
+    members: dict[str, list[dict]] = {}
+    for result in results:
+        members.setdefault(result["part_of"] or result["dataset"], []).append(result["metrics"])
+    means = {name: _mean(metrics) for name, metrics in members.items()}
+    averages = {name: means[name] for name, metrics in members.items() if len(metrics) > 1}
+    return averages | ({"mean": _mean(list(means.values()))} if len(means) > 1 else {})
+
+
+def _mean(metrics: list[dict[str, float]]) -> dict[str, float]:
+    return {name: round(sum(m[name] for m in metrics) / len(metrics), 5) for name in metrics[0]}
+
+
+def write_mteb(folder: Path, model: str, revision: str, results: list[tuple[RetrievalDataset, dict]]) -> None:
+    """Result files as mteb writes and reads them: FOLDER/results/MODEL/REVISION/TASK.json."""
+    folder = folder / "results" / re.sub(r"[^\w.-]", "_", model.replace("/", "__")) / revision
+    tasks: dict[str, list[tuple[RetrievalDataset, dict]]] = {}
+    for dataset, result in results:
+        tasks.setdefault(dataset.task, []).append((dataset, result))
+    for task, parts in tasks.items():
+        scores: dict[str, list[dict]] = {}
+        for dataset, result in parts:
+            metrics = {name.replace("@", "_at_"): value for name, value in result["metrics"].items()}
+            row = {**metrics, "main_score": metrics["ndcg_at_10"], "hf_subset": dataset.subset}
+            scores.setdefault(dataset.split, []).append(row | {"languages": ["eng-Latn"]})
+        content = {
+            "dataset_revision": parts[0][0].revision or parts[0][0].fingerprint,
+            "task_name": task,
+            "mteb_version": MTEB_LAYOUT,
+            "scores": scores,
+            "evaluation_time": sum(result["seconds"] for _, result in parts),
+        }
+        name = re.sub(r"[^\w.-]", "_", task)
+        write_atomic(folder / f"{name}.json", json.dumps(content, indent=2) + "\n")
+    write_atomic(folder / "model_meta.json", json.dumps({"name": model, "revision": revision}) + "\n")
+
+
+def code_version() -> str | None:
+    """The commit of this code, with -dirty where it was changed since; None outside a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def print_result(result: dict, width: int) -> None:
@@ -438,9 +673,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("eval.py", description=__doc__, formatter_class=raw, allow_abbrev=False)
     add = parser.add_argument
-    add("--dataset", nargs="+", required=True, metavar="PATH", help="BEIR folders or .zip files, or demo")
-    add("--model", default=DEFAULT_MODEL, help="checkpoint folder, or bm25 (default: %(default)s)")
-    add("--split", default="test", help="the judgements: qrels/SPLIT.tsv (default: test; msmarco has dev)")
+    names = f"demo, {', '.join(GROUPS)}, a BEIR name, an RTEB task, or a folder or .zip in their layout"
+    add("--dataset", nargs="+", required=True, metavar="NAME", help=names)
+    add(
+        "--model", default=DEFAULT_MODEL, help="folder, owner/name[@revision], or bm25 (default: %(default)s)"
+    )
+    add("--split", help="the judgements: qrels/SPLIT.tsv (default: test; msmarco: dev)")
     add("--max-length", type=int, help="tokens kept of each text (default: the checkpoint's)")
     add("--query-prompt", help="text put before every query (default: the checkpoint's)")
     add("--document-prompt", help="text put before every document (default: the checkpoint's)")
@@ -450,13 +688,18 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--k", type=int, default=1000, help="hits kept for each query, at least 100 (default: %(default)s)")
     add("--run", metavar="FILE", help="write a TREC run; {dataset} in FILE stands for the dataset's name")
     add("--json", metavar="FILE", help="write results and settings; rewritten after each dataset")
-    add("--keep-identical-ids", action="store_true", help="keep documents that have the query's id")
+    add("--per-query", action="store_true", help="with each query's NDCG@10 in --json")
+    add("--mteb", metavar="DIR", help="write result files that mteb reads")
+    rules = "documents that have the query's id: beir drops them, mteb only in some tasks (default: beir, or "
+    rules += "mteb with --mteb)"
+    add("--identical-ids", choices=["beir", "mteb", "keep"], help=rules)
     args = parser.parse_args(argv)
     for name, least in (("k", 100), ("batch_tokens", 1), ("max_length", 1)):
         if (value := getattr(args, name)) is not None and value < least:
             parser.error(f"--{name.replace('_', '-')} {value}: must be at least {least}")
-    if args.run and len(args.dataset) > 1 and "{dataset}" not in args.run:
+    if args.run and "{dataset}" not in args.run and (len(args.dataset) > 1 or args.dataset[0] in GROUPS):
         parser.error(f"--run {args.run}: several datasets need {{dataset}} in the file's name")
+    args.identical_ids = args.identical_ids or ("mteb" if args.mteb else "beir")
     return args
 
 
@@ -465,23 +708,29 @@ def run_evaluation(args: argparse.Namespace) -> list[dict]:
     if args.model == DEFAULT_MODEL and not Path(args.model).exists():
         raise InputError(f"{args.model} does not exist: train it (`python dream.py train`) or pass --model")
     # Every dataset is checked before the first is encoded: a typing error should not wait for hours of work.
-    datasets = [resolve_dataset(name, args.split) for name in args.dataset]
-    settings = {name: getattr(args, name) for name in ("model", "split", "k", "keep_identical_ids")}
+    datasets = [d for name in expand_names(args.dataset) for d in resolve_datasets(name, args.split)]
+    if args.run and len(datasets) > 1 and "{dataset}" not in args.run:
+        raise InputError(f"--run {args.run}: several datasets need {{dataset}} in the file's name")
+    settings = {name: getattr(args, name) for name in ("model", "k", "identical_ids")}
+    revision = "no_revision_available"
     if args.model == "bm25":
         settings |= BM25([]).describe()
     else:
         device = pick_device(args.device)
         dtype, reason = pick_dtype(args.dtype, device)
-        embedder = load_embedder(args.model, device, dtype, args.max_length)
+        folder = find_folder(resolve_run(args.model))
+        embedder = load_embedder(folder, device, dtype, args.max_length)
         for kind, prompt in (("query", args.query_prompt), ("document", args.document_prompt)):
             if prompt is not None:
                 embedder.prompts[kind] = prompt
-        settings |= {"checkpoint": str(resolve_run(args.model)), "device": str(device)}
-        settings["batch_tokens"] = args.batch_tokens
+        settings |= {"checkpoint": str(folder), "device": str(device), "batch_tokens": args.batch_tokens}
         settings |= {**embedder.describe(), "dtype_reason": reason}
-    settings["torch"] = torch.__version__
+        revision = folder.name if folder.parent.name == "snapshots" else revision
+    settings |= {"model_revision": revision, "code": code_version(), "torch": torch.__version__}
     for name, value in settings.items():
         print(f"{name}: {value}")
+    if args.model != "bm25" and (others := sorted(set(embedder.prompts) - {"query", "document"})):
+        print(f"note: prompts that are not used: {', '.join(others)}; --query-prompt takes a prompt's text")
 
     width = max(len(name) for name in ["dataset", *(dataset.name for dataset in datasets)])
     columns = "  ".join(f"{name:>10}" for name in ("documents", "NDCG@10", "recall@100", "MAP", "MRR@10"))
@@ -493,18 +742,26 @@ def run_evaluation(args: argparse.Namespace) -> list[dict]:
             hits = bm25_hits(dataset, args.k + MARGIN)
         else:
             hits = dense_hits(embedder, dataset, args.k + MARGIN, args.batch_tokens)
-        result, run = evaluate_hits(dataset, hits, args.k, args.keep_identical_ids)
+        keep = args.identical_ids == "keep" or args.identical_ids == "mteb" and dataset.task not in MTEB_DROPS
+        result, run = evaluate_hits(dataset, hits, args.k, keep, args.per_query)
         results.append(result | {"seconds": round(time.perf_counter() - started, 1)})
         print_result(result, width)
         if args.run:
             tag = "_".join(Path(args.model).name.split()) or "dream"
             write_run(Path(args.run.replace("{dataset}", dataset.name)), run, tag)
         if args.json:
-            content = {"results": results, "settings": settings}
+            content = {"results": results, "averages": average(results), "settings": settings}
             write_atomic(Path(args.json), json.dumps(content, indent=2) + "\n")
-    if len(results) > 1:
-        average = np.mean([result["metrics"]["ndcg@10"] for result in results])
-        print(f"mean NDCG@10 of {len(results)} datasets: {average:.4f}")
+        if args.mteb:
+            name = args.model.partition("@")[0]
+            name = f"local/{Path(args.model).resolve().name}" if Path(args.model).exists() else name
+            write_mteb(Path(args.mteb), name, revision, list(zip(datasets, results, strict=False)))
+    for name, metrics in average(results).items():
+        print(
+            f"{name}: NDCG@10 {metrics['ndcg@10']:.4f}, the mean of its parts"
+            if name != "mean"
+            else f"mean NDCG@10: {metrics['ndcg@10']:.4f}, each benchmark counted once"
+        )
     return results
 
 

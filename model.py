@@ -27,10 +27,26 @@ from tokenizers import Tokenizer, processors
 from torch import Tensor, nn
 
 from attention import Injection, attention, attention_to_keys, exact
-from data import InputError, pad, read_json, write_atomic
+from data import HUB_NAME, InputError, fetch_repository, pad, read_json, write_atomic
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+DESCRIPTION_FILES = (
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "adapter_config.json",
+    "modules.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+    "[0-9]_*/config.json",
+)
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "model-*-of-*.safetensors",
+    "adapter_model.safetensors",
+)
 # sentence-transformers' names; only the last is read
 POOLINGS = (
     "cls_token",
@@ -81,6 +97,8 @@ class Config:
                 raise InputError(f"{path}: {key} is {value!r}, expected a positive number")
             return value
 
+        if raw.get("is_causal") is False or raw.get("use_bidirectional_attention"):
+            raise InputError(f"{path}: the attention is bidirectional, only causal networks are supported")
         if raw.get("hidden_act", "silu") != "silu":
             raise InputError(f"{path}: hidden_act is {raw['hidden_act']!r}, only silu is supported")
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
@@ -125,7 +143,9 @@ class Config:
         rope = {**(self.rope_scaling or {"rope_type": "default"}), "rope_theta": self.rope_theta}
         name = str(dtype).removeprefix("torch.")
         return {
-            **self.raw,
+            **{
+                key: value for key, value in self.raw.items() if key != "_name_or_path"
+            },  # a path of someone's
             "architectures": [architecture],
             "rope_theta": self.rope_theta,
             "rope_scaling": self.rope_scaling,
@@ -443,7 +463,7 @@ def read_tensors(folder: Path, device: torch.device, dtype: torch.dtype) -> dict
     for shard, names in where.items():
         path = folder / shard
         if not path.exists():
-            raise InputError(f"{index}: names the shard {shard}, which is not in {folder}")
+            raise InputError(f"{index}: names the shard {shard}, which is not in {folder}; fetch it again")
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
                 present = set(file.keys())
@@ -452,8 +472,13 @@ def read_tensors(folder: Path, device: torch.device, dtype: torch.dtype) -> dict
                         raise InputError(f"{path}: has no tensor {name}, although {index.name} says so")
                     tensors[name] = file.get_tensor(name).to(device=device, dtype=dtype)
         except SafetensorError as error:
-            raise InputError(f"{path}: not a whole safetensors file ({error})") from error
+            raise _broken(path, error) from error
     return tensors
+
+
+def _broken(path: Path, error: Exception) -> InputError:
+    # In the hub's cache the path is a link: only without its target is the file fetched anew.
+    return InputError(f"{path.resolve()}: not a whole safetensors file ({error}); delete it, fetch it again")
 
 
 def _assign(module: nn.Module, tensors: dict[str, Tensor], where: Path) -> None:
@@ -514,18 +539,31 @@ class Checkpoint:
         return model.eval()
 
 
-def find_folder(name: str | Path) -> Path:
-    """The folder of a checkpoint."""
-    folder = Path(name)
-    if not folder.is_dir():
-        raise InputError(
-            f"{name}: no such folder; give the folder of a checkpoint (config.json, *.safetensors)"
-        )
-    return folder
+def find_folder(name: str | Path, weights: bool = True) -> Path:
+    """The folder of a checkpoint, fetched first if `name` is that of a hub repository. Raises InputError.
+
+    weights: False fetches only what describes the checkpoint, and its tokenizer.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    if HUB_NAME.fullmatch(str(name)):
+        folder = fetch_repository(str(name), [*DESCRIPTION_FILES, *(WEIGHT_FILES if weights else ())])
+        if weights and not any((folder / file).exists() for file in WEIGHT_FILES):
+            raise InputError(
+                f"{name}: no safetensors in {folder}: either the repository has none (pickled weights are "
+                "not read), or it was not fetched whole; run again while online"
+            )
+        return folder
+    raise InputError(
+        f"{name}: no such folder; give the folder of a checkpoint (config.json, *.safetensors), or a "
+        "Hugging Face name, owner/name or owner/name@revision"
+    )
 
 
 def load_tokenizer(folder: Path, config: Config) -> Tokenizer:
-    """tokenizer.json, checked against the size of the embedding table."""
+    """tokenizer.json, checked against the size of the embedding table; with the BOS and EOS around texts that
+    tokenizer_config.json asks for; tokenizer.json alone may lack them (Mistral's embedding models).
+    """
     path = folder / "tokenizer.json"
     if not path.exists():
         raise InputError(f"{folder}: no tokenizer.json; checkpoints need a fast tokenizer")
@@ -538,7 +576,25 @@ def load_tokenizer(folder: Path, config: Config) -> Tokenizer:
         raise InputError(f"{path}: has token id {largest}, config.json has vocab_size {config.vocab_size}")
     tokenizer.no_padding()
     tokenizer.no_truncation()
+    asked = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
+    for name, place, form in (("bos", 0, "{} $A"), ("eos", -1, "$A {}")):
+        token = asked.get(f"{name}_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        if asked.get(f"add_{name}_token") and token:
+            number = tokenizer.token_to_id(token)
+            if number is None:
+                raise InputError(f"{folder / 'tokenizer_config.json'}: {name}_token {token!r} has no id")
+            if tokenizer.encode("a").ids[place] != number:
+                _add_token(tokenizer, form.format(token), token, number)
     return tokenizer
+
+
+def _add_token(tokenizer: Tokenizer, form: str, token: str, number: int) -> None:
+    """Put a special token before or behind every text, as part of the tokenizer: so it survives truncation,
+    and other libraries that load the tokenizer add it too."""
+    template = processors.TemplateProcessing(single=form, special_tokens=[(token, number)])
+    before = tokenizer.post_processor
+    tokenizer.post_processor = processors.Sequence([before, template]) if before else template
 
 
 class Embedder(nn.Module):
@@ -569,10 +625,7 @@ class Embedder(nn.Module):
                 raise InputError(
                     "an EOS was asked for, but config.json's eos_token_id is not in the tokenizer"
                 )
-            # As part of the tokenizer it survives truncation, and other libraries that load it add it too.
-            template = processors.TemplateProcessing(single=f"$A {token}", special_tokens=[(token, eos)])
-            before = tokenizer.post_processor
-            tokenizer.post_processor = processors.Sequence([before, template]) if before else template
+            _add_token(tokenizer, f"$A {token}", token, eos)
         tokenizer.enable_truncation(self.max_length)
 
     @property
@@ -603,7 +656,7 @@ class Embedder(nn.Module):
         """What decides the embeddings beside the weights."""
         return {
             "max_length": self.max_length,
-            "prompts": self.prompts,
+            "prompts": {kind: self.prompts[kind] for kind in ("query", "document")},
             "append_eos": self.append_eos,
             "pooling": "last token",
             "dim": self.dim,
@@ -629,30 +682,85 @@ def load_embedder(
     max_length, prompts and EOS are those saved with it; the argument overrides the length. Raises InputError.
     """
     folder = find_folder(resolve_run(folder))
-    if (folder / "adapter_config.json").exists():
-        adapter = read_json(folder / "adapter_config.json")
-        base = adapter.get("base_model_name_or_path")
-        if not base:
-            raise InputError(f"{folder / 'adapter_config.json'}: base_model_name_or_path is missing")
-        checkpoint = Checkpoint(base, device, dtype)
+    settings = read_embedding_settings(folder)
+    weights = settings.pop("transformer")
+    if (weights / "adapter_config.json").exists():
+        checkpoint = Checkpoint(adapter_base(weights), device, dtype)
         decoder = checkpoint.decoder()
-        load_adapter(decoder, folder)
+        load_adapter(decoder, weights)
     else:
-        checkpoint = Checkpoint(folder, device, dtype)
+        checkpoint = Checkpoint(weights, device, dtype)
         decoder = checkpoint.decoder()
-    tokenizer_folder = folder if (folder / "tokenizer.json").exists() else checkpoint.folder
-    settings = {}
-    for name in ("sentence_bert_config.json", "config_sentence_transformers.json"):
-        if (folder / name).exists():
-            settings |= read_json(folder / name)
-    embedder = Embedder(
-        decoder,
-        load_tokenizer(tokenizer_folder, checkpoint.config),
-        max_length or settings.get("max_seq_length") or 512,
-        settings.get("prompts"),
-    )
-    embedder.append_eos = bool(settings.get("append_eos"))  # the saved tokenizer adds it
+    tokenizer_folder = weights if (weights / "tokenizer.json").exists() else checkpoint.folder
+    tokenizer = load_tokenizer(tokenizer_folder, checkpoint.config)
+    embedder = Embedder(decoder, tokenizer, max_length or settings["max_length"], settings["prompts"])
+    embedder.append_eos = settings["append_eos"]  # the saved tokenizer adds it
     return embedder.eval()
+
+
+def read_embedding_settings(folder: Path) -> dict:
+    """How a checkpoint wants texts embedded: {"transformer": the folder of its network, "max_length",
+    "prompts", "append_eos"}.
+
+    Reads sentence-transformers' files in the layouts of 5.x and 6.x; without them 512 tokens, no prompts.
+    Raises InputError for modules or poolings other than the last token's, normalised.
+    """
+
+    def read(name: str) -> dict:
+        return read_json(folder / name) if (folder / name).exists() else {}
+
+    config = read("config_sentence_transformers.json")
+    transformer, default_length = folder, 512
+    modules = folder / "modules.json"
+    if modules.exists():
+        try:
+            kinds = [entry["type"].rsplit(".", 1)[-1] for entry in read_json(modules, list)]
+            paths = [entry["path"] for entry in read_json(modules, list)]
+        except (TypeError, KeyError, AttributeError) as error:
+            raise InputError(f"{modules}: expected a list of objects with 'path' and 'type'") from error
+        if kinds[:2] != ["Transformer", "Pooling"] or kinds[2:] not in ([], ["Normalize"]):
+            raise InputError(
+                f"{modules}: modules {', '.join(kinds)}; supported: Transformer, Pooling, Normalize"
+            )
+        pooling = read_json(folder / paths[1] / "config.json")
+        modes = pooling.get("pooling_mode")
+        if modes is None:  # 5.x and before: one flag a mode
+            modes = [name.removeprefix("pooling_mode_") for name, value in pooling.items() if value is True]
+            modes = [name for name in modes if name in POOLINGS]
+        if modes not in ("lasttoken", ["lasttoken"]):
+            path = folder / paths[1] / "config.json"
+            raise InputError(f"{path}: the pooling is {modes}, only lasttoken is supported")
+        similarity = config.get("similarity_fn_name") or "cosine"
+        if kinds[2:] == [] and similarity != "cosine":
+            raise InputError(
+                f"{modules}: no Normalize, and similarity {similarity!r}; only cosine is supported"
+            )
+        transformer = folder / paths[0]
+        tokenizer = transformer / "tokenizer_config.json"
+        known = read_json(tokenizer).get("model_max_length") if tokenizer.exists() else None
+        default_length = int(min(known or 512, 1 << 20))  # 1e30 there means none
+    settings = read("sentence_bert_config.json")
+    if settings.get("do_lower_case"):
+        raise InputError(f"{folder}/sentence_bert_config.json: do_lower_case is not supported")
+    prompts = {name: text for name, text in (config.get("prompts") or {}).items() if isinstance(text, str)}
+    return {
+        "transformer": transformer,
+        "max_length": settings.get("max_seq_length") or default_length,
+        "prompts": prompts,
+        "append_eos": bool(config.get("append_eos")),
+    }
+
+
+def adapter_base(folder: Path) -> str:
+    """The base that an adapter names: a folder, or owner/name, with @revision where it gives one."""
+    where = folder / "adapter_config.json"
+    config = read_json(where)
+    base = config.get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise InputError(f"{where}: base_model_name_or_path is missing")
+    if HUB_NAME.fullmatch(base) and config.get("revision") and not Path(base).is_dir():
+        return f"{base}@{config['revision']}"
+    return base
 
 
 def load_adapter(decoder: Decoder, folder: Path) -> None:
@@ -692,7 +800,7 @@ def load_adapter(decoder: Decoder, folder: Path) -> None:
         with safe_open(path, framework="pt", device="cpu") as file:
             loaded = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: not a whole safetensors file ({error})") from error
+        raise _broken(path, error) from error
     loaded = {name.removeprefix("base_model.model.").removeprefix("model."): t for name, t in loaded.items()}
     own = {name: tensor for name, tensor in decoder.state_dict().items() if ".lora_" in name}
     for name, tensor in own.items():
@@ -733,11 +841,13 @@ def save_embedder(embedder: Embedder, folder: Path, base: str = "", modules: boo
     adapters = lora_layers(embedder.decoder)
     if adapters:
         some = next(iter(adapters.values()))
+        name, _, revision = (base, "", "") if Path(base).is_dir() else base.partition("@")
         r = some.lora_A.out_features
         config = {
             "peft_type": "LORA",
             "task_type": "FEATURE_EXTRACTION",
-            "base_model_name_or_path": base,
+            "base_model_name_or_path": name,
+            "revision": revision or None,
             "r": r,
             "lora_alpha": some.scaling * r,
             "lora_dropout": some.dropout,

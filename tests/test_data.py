@@ -21,7 +21,7 @@ from data import (
     collate,
     document_block,
     fit_longest_first,
-    load_beir,
+    load_dataset,
     read_template,
     shuffled,
     token_batches,
@@ -316,7 +316,7 @@ def test_beir_folder_and_zip(tmp_path):
         for file in folder.rglob("*.*"):
             archive.write(file, f"set/{file.relative_to(folder)}")
     for path in (folder, tmp_path / "set.zip"):
-        dataset = load_beir(path, "test")
+        dataset = load_dataset(path, "test")
         assert dataset.name == "set" and dataset.num_documents == 3
         assert dataset.queries == {"q1": "a", "q2": "b"}  # only those with judgements
         assert dataset.qrels == {"q1": {"d1": 2, "2": 0}, "q2": {"2": -1}}
@@ -347,13 +347,13 @@ BAD_SETS = [
 def test_bad_datasets(tmp_path, changes, message):
     folder = beir(tmp_path, **changes)
     with pytest.raises(InputError) as error:
-        load_beir(folder, "test")
+        load_dataset(folder, "test")
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_missing_split_names_those_there_are(tmp_path):
-    with pytest.raises(InputError, match="dev.tsv: no such file; splits there: test"):
-        load_beir(beir(tmp_path), "dev")
+    with pytest.raises(InputError, match="no qrels for split 'dev'; splits there: test"):
+        load_dataset(beir(tmp_path), "dev")
 
 
 def test_corpus_finds_duplicate_ids(tmp_path):
@@ -361,7 +361,7 @@ def test_corpus_finds_duplicate_ids(tmp_path):
         '{"_id": "a", "text": "1"}\n{"_id": "b", "text": "2"}\n{"_id": "a", "text": "3"}\n'
     )
     with pytest.raises(InputError, match="line 3: _id 'a' stands already on line 1"):
-        Corpus(tmp_path / "c.jsonl").ids()
+        Corpus(tmp_path / "c.jsonl").check()
 
 
 def test_json_lines_is_random_access(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -16,7 +17,7 @@ from tiny import tiny_checkpoint
 from torch import nn
 
 import eval as yardstick
-from data import InputError, load_beir
+from data import InputError, load_dataset
 from model import load_embedder
 
 SHARED = ROOT.parent / "shared" / "data" / "beir"
@@ -288,13 +289,13 @@ def test_bm25_index_is_eight_bytes_a_posting():
 def test_bm25_figures(name, expected):
     if not (SHARED / name).exists():
         pytest.skip(f"{SHARED / name} is absent: the BM25 figure of {name} was NOT checked")
-    dataset = load_beir(SHARED / name, "test")
+    dataset = load_dataset(SHARED / name, "test")
     result, _ = yardstick.evaluate_hits(dataset, yardstick.bm25_hits(dataset, 228, quiet=True), 100)
     assert result["metrics"]["ndcg@10"] == pytest.approx(expected, abs=0.001)
 
 
 def test_dense_evaluation_equals_one_built_from_the_parts(small):
-    dataset, embedder = load_beir(small, "test"), CountingEmbedder()
+    dataset, embedder = load_dataset(small, "test"), CountingEmbedder()
     result = yardstick.evaluate_embedder(embedder, dataset, k=100)
     ids, texts = zip(*dataset.corpus(), strict=True)
     vectors = [embedder.embed(embedder.tokenize(list(t), "x")) for t in (dataset.queries.values(), texts)]
@@ -313,7 +314,7 @@ def test_dense_evaluation_equals_one_built_from_the_parts(small):
 
 def test_a_corpus_is_streamed_in_blocks(small, monkeypatch):
     """At most a block of texts is ever asked of the embedder, and blocks do not change what is found."""
-    dataset, asked = load_beir(small, "test"), []
+    dataset, asked = load_dataset(small, "test"), []
     encode = yardstick.encode
 
     def watched(embedder, texts, kind, *rest):
@@ -329,7 +330,7 @@ def test_a_corpus_is_streamed_in_blocks(small, monkeypatch):
 
 
 def test_progress_knows_the_tokens_to_come(small):
-    dataset, bars = load_beir(small, "test"), []
+    dataset, bars = load_dataset(small, "test"), []
     encode = yardstick.encode
 
     def watched(*arguments):
@@ -348,7 +349,7 @@ def test_progress_knows_the_tokens_to_come(small):
 def test_identical_ids_are_dropped_unless_kept(tmp_path):
     documents = {"1": "red", "2": "red blue", "3": "green"}
     write_beir(tmp_path / "same", documents, {"1": "red"}, {"1": {"2": 1}})
-    dataset = load_beir(tmp_path / "same", "test")
+    dataset = load_dataset(tmp_path / "same", "test")
     for hits in (
         yardstick.bm25_hits(dataset, 10, quiet=True),
         yardstick.dense_hits(CountingEmbedder(), dataset, 10, quiet=True),
@@ -368,16 +369,20 @@ def test_duplicate_document_ids_are_an_error(tmp_path):
 
 def test_command_line_with_a_checkpoint(small, tmp_path, capsys):
     model = tiny_checkpoint(tmp_path / "tiny")
+    again = shutil.copytree(small, tmp_path / "again")
     files = ["--run", str(tmp_path / "{dataset}.trec"), "--json", str(tmp_path / "result.json")]
-    arguments = ["--dataset", str(small), str(small), "--model", str(model), "--max-length", "64", *files]
+    arguments = ["--dataset", str(small), str(again), "--model", str(model), "--max-length", "64", *files]
     assert yardstick.main([*arguments, "--query-prompt", "query: ", "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
     assert "max_length: 64" in printed and "seen: 13 queries, NDCG@10" in printed
     written = json.loads((tmp_path / "result.json").read_text())
     first, second = written["results"]
-    assert first["metrics"] == second["metrics"] and f"{first['metrics']['ndcg@10']:.4f}" in printed
+    assert (
+        first["metrics"] == second["metrics"] == written["averages"]["mean"]
+        and f"{first['metrics']['ndcg@10']:.4f}" in printed
+    )
     assert written["settings"]["prompts"]["query"] == "query: " and written["settings"]["dtype_reason"]
-    run, qrels = {}, load_beir(small, "test").qrels
+    run, qrels = {}, load_dataset(small, "test").qrels
     for line in (tmp_path / "small.trec").read_text().splitlines():
         query_id, zero, doc_id, rank, score, tag = line.split()
         assert (zero, tag) == ("Q0", "tiny")
@@ -429,7 +434,7 @@ def test_ids_with_spaces_do_not_go_into_a_run(tmp_path):
 def test_script_runs_and_every_flag_has_help(small):
     command = [sys.executable, str(ROOT / "eval.py")]
     done = subprocess.run([*command, "--help"], capture_output=True, text=True)
-    assert done.returncode == 0 and "--keep-identical-ids" in done.stdout
+    assert done.returncode == 0 and "--identical-ids" in done.stdout
     done = subprocess.run(
         [*command, "--dataset", str(small), "--model", "none"], capture_output=True, text=True
     )

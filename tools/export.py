@@ -1,0 +1,219 @@
+"""Turn a trained retriever into a folder to publish: weights, tokenizer, embedding settings, a model card.
+
+    python -m tools.export runs/mine --to exports/mine --format sentence-transformers
+    python -m tools.export runs/mine --to exports/merged --format merged --dtype bfloat16
+    python -m tools.export runs/mine/step-000100 --to exports/adapter --format adapter --name owner/mine
+
+Run it from the project's root. The adapter is merged in float32 and rounded once, when it is written. The
+card tells what the run's files tell and nothing else; of local paths only the last part.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+import model
+from data import HUB_NAME, InputError, read_json, write_atomic
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LIBRARIES = {"merged": "transformers", "adapter": "peft", "sentence-transformers": "sentence-transformers"}
+SHOWN = (  # dream.py's settings that decide what was learnt
+    "full lora_rank lora_alpha lora_targets candidates temperature document_mass inject_rows steps batch lr "
+    "max_length query_prompt document_prompt append_eos seed"
+).split()
+
+DREAM = "DREAM ([arXiv 2606.24667](https://arxiv.org/abs/2606.24667))"
+TRAINED = f"""A dense retriever trained with {DREAM}, by an implementation that is not the authors':
+without labels, through the attention and the next-token loss of a frozen language model, the judge."""
+LICENCE = """The weights derive from the base checkpoint, whose licence applies. The licence of the training
+data has to be checked by who publishes them. No licence is claimed here."""
+SENTENCE_TRANSFORMERS = """```python
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer(NAME)
+queries = model.encode(["a question"], prompt_name="query")
+documents = model.encode(["a title and a text", "another text"], prompt_name="document")
+print(queries @ documents.T)
+```"""
+TRANSFORMERS = """```python
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(NAME, padding_side="right")
+LOAD
+
+@torch.no_grad()
+def embed(texts):
+    inputs = tokenizer(texts, padding=True, truncation=True, max_length=LENGTH, return_tensors="pt")
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    hidden = model(input_ids=ids, attention_mask=mask).last_hidden_state
+    last = hidden[torch.arange(len(texts)), mask.sum(1) - 1]
+    return torch.nn.functional.normalize(last.float(), dim=-1)
+
+queries = embed([QUERY + "a question"])
+documents = embed([DOCUMENT + text for text in ("a title and a text", "another text")])
+print(queries @ documents.T)
+```"""
+PLAIN = "model = AutoModel.from_pretrained(NAME).eval()"
+PEFT = """from peft import PeftConfig, PeftModel
+
+config = PeftConfig.from_pretrained(NAME)
+base = AutoModel.from_pretrained(config.base_model_name_or_path, revision=config.revision)
+model = PeftModel.from_pretrained(base, NAME).eval()"""
+
+
+def public_name(name: str) -> str:
+    """A hub repository's name as it is; of a path, which is nobody's business, the last part."""
+    if HUB_NAME.fullmatch(name) and not name.startswith(".") and not Path(name).exists():
+        return name
+    cached = re.search(r"models--([^/]+)--([^/]+)/snapshots/", name)
+    return f"{cached[1]}/{cached[2]}" if cached else Path(name).name
+
+
+def read_run(checkpoint: Path) -> tuple[dict, dict, dict]:
+    """The settings, heads and results of the run that a checkpoint belongs to; empty where unknown."""
+    run, known = checkpoint.parent, {"settings": {}, "heads": {}, "results": {}}
+    if (run / "checkpoints.json").exists() and checkpoint.name.startswith("step-"):
+        known = {n: read_json(run / f"{n}.json") if (run / f"{n}.json").exists() else {} for n in known}
+        if model.resolve_run(run) != checkpoint:  # the results are those of the best one
+            known["results"] = {}
+    return known["settings"], known["heads"], known["results"]
+
+
+def table(rows: list[list[str]], left: int) -> str:
+    """A Markdown table that is aligned as text too: `left` columns to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rule = ["-" * w if i < left else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
+    pads = [str.ljust if i < left else str.rjust for i in range(len(widths))]
+    padded = ([p(c, w) for p, c, w in zip(pads, r, widths, strict=True)] for r in (rows[0], rule, *rows[1:]))
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in padded)
+
+
+def shown(value) -> str:
+    """A setting in a table's cell."""
+    if isinstance(value, bool) or value == "":
+        return "yes" if value else "no"
+    text = ", ".join(value) if isinstance(value, list) else str(value)
+    text = json.dumps(text, ensure_ascii=False) if text != text.strip() or "\n" in text else text
+    return text.replace("|", "\\|")
+
+
+def model_card(embedder: model.Embedder, checkpoint: Path, base: str, kind: str, name: str) -> str:
+    """README.md: the hub's front matter, then how the retriever is used and what is known of its training."""
+    settings, heads, results = read_run(checkpoint)
+    base = public_name(base or settings.get("retriever") or "")
+    task = "feature-extraction" if kind == "merged" else "sentence-similarity"
+    front = ["---", f"library_name: {LIBRARIES[kind]}", f"pipeline_tag: {task}", "tags:", "- dense-retrieval"]
+    front += ["- dream"] * bool(settings)
+    front += [f"base_model: {base.partition('@')[0]}"] * bool(HUB_NAME.fullmatch(base))
+    facts = {"Base checkpoint": base, "Judge": public_name(settings.get("judge") or "")}
+    facts |= {"Training data": public_name(settings.get("train") or "")}
+    facts |= {"Checkpoint": checkpoint.name if settings else ""}
+    facts |= {"Weights": str(embedder.decoder.embed_tokens.weight.dtype).removeprefix("torch.")}
+    parts = ["\n".join([*front, "---"]), f"# {name}"]
+    parts += [TRAINED if settings else f"A dense retriever, exported by an implementation of {DREAM}."]
+    parts += ["\n".join(f"* {what}: `{fact}`" for what, fact in facts.items() if fact), "## How to use it"]
+
+    how = embedder.describe()
+    quoted = {who: json.dumps(text, ensure_ascii=False) for who, text in how["prompts"].items()}
+    fields = {"NAME": json.dumps(name), "LENGTH": str(how["max_length"])}
+    fields |= {"QUERY": quoted["query"], "DOCUMENT": quoted["document"]}
+    plain = TRANSFORMERS.replace("LOAD", PEFT if kind == "adapter" else PLAIN)
+    for snippet in [plain] if kind == "merged" else [SENTENCE_TRANSFORMERS, plain]:
+        parts.append(re.sub(r"\b(NAME|LENGTH|QUERY|DOCUMENT)\b", lambda found: fields[found[0]], snippet))
+    parts += ["sentence-transformers pools such a plain checkpoint by its mean."] * (kind == "merged")
+    parts += [f"```console\n$ python eval.py --model {name} --dataset FOLDER_OR_ZIP\n```", "## Embeddings"]
+    lines = [f"The last token's hidden state, L2-normalised: {how['dim']} dimensions, compared by cosine"]
+    lines += [f"At most {how['max_length']} tokens of a text; a document is its title, a space, its text"]
+    lines += [f"Before a {who}: `{quoted[who]}`" for who, text in how["prompts"].items() if text]
+    lines += [] if any(how["prompts"].values()) else ["No prompts"]
+    lines += ["The EOS follows every text, inside that length" if how["append_eos"] else "No EOS is added"]
+    parts += ["\n".join(f"* {line}" for line in lines)]
+
+    names = [n for n in SHOWN if n in settings and not (settings.get("full") and n.startswith("lora"))]
+    rows = [["setting", "value"], *([f"`{n}`", shown(settings[n])] for n in names)]
+    parts += ["## Training", "By `dream.py train`:", table(rows, left=2)] if names else []
+    if chosen := [tuple(pair) for pair in heads.get("selected", [])]:
+        text = ", ".join(f"{layer}.{head}" for layer, head in sorted(chosen))
+        parts += [f"Injected: {len(chosen)} attention heads of the judge, layer.head from 0: {text}."]
+    if results.get("after"):
+        rows = [["dataset", "split", "queries", "BM25", "before", "after"]]
+        for triple in zip(results["bm25"], results["before"], results["after"], strict=True):
+            figures = [f"{result['metrics']['ndcg@10']:.4f}" for result in triple]
+            rows.append([triple[2]["dataset"], triple[2]["split"], f"{triple[2]['queries']:,}", *figures])
+        parts += ["## Results", "NDCG@10 before and after training:", table(rows, left=2)]
+        parts += ["Measured by `eval.py` of this implementation at the end of the run, before the export."]
+    return "\n\n".join(part for part in [*parts, "## Licence", LICENCE] if part) + "\n"
+
+
+def export(args: argparse.Namespace) -> None:
+    """Everything `main` does, InputError not caught: load, merge, write beside DIR, rename."""
+    source, to = model.find_folder(model.resolve_run(args.run)).resolve(), Path(args.to).resolve()
+    weights = model.read_embedding_settings(source)["transformer"]
+    base = model.adapter_base(weights) if (weights / "adapter_config.json").exists() else ""
+    if args.format == "adapter" and not base:
+        raise InputError(f"{source}: has no adapter; export it with --format merged or sentence-transformers")
+    if to.is_dir() and any(to.iterdir()):
+        if not args.overwrite:
+            raise InputError(f"{to}: is not empty; --overwrite replaces it")
+        if any(path.resolve().is_relative_to(to) for path in (source, Path(base or source))):
+            raise InputError(f"{to}: holds the checkpoint that is exported, or its base; choose another --to")
+        if not any((to / name).exists() for name in ("config.json", "adapter_config.json")):
+            raise InputError(f"{to}: holds no checkpoint; --overwrite replaces nothing else")
+    embedder = model.load_embedder(source, torch.device("cpu"), torch.float32)
+    config, dtype = embedder.decoder.config.raw, "float32"
+    config.pop("_name_or_path", None)  # may be a path of whoever saved the base
+    if args.format != "adapter":
+        model.merge_lora(embedder.decoder)
+        stated = config.get("dtype") or config.get("torch_dtype")
+        dtype = (stated if stated in DTYPES else "float32") if args.dtype == "auto" else args.dtype
+        embedder.decoder.to(DTYPES[dtype])
+    card = model_card(embedder, source, base, args.format, args.name or to.name)
+    temporary = to.with_name(f".{to.name}.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        model.save_embedder(embedder, temporary, base, modules=args.format != "merged")
+        write_atomic(temporary / "README.md", card)
+        if to.is_dir():
+            shutil.rmtree(to)
+        os.replace(temporary, to)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{to}: could not be written ({error})") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    size = sum(file.stat().st_size for file in to.rglob("*") if file.is_file()) / 1e6
+    print(f"written: {args.to}  {args.format}, {dtype}, {size:,.1f} MB")
+    if Path(base).is_dir() and args.format == "adapter":
+        print("note: adapter_config.json names the base by a local path; to publish, put its hub name there")
+    print(f"next: python eval.py --model {args.to} --dataset FOLDER_OR_ZIP")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0, or 2 when the input is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("run", metavar="RUN", help="a run's folder (its best checkpoint), a checkpoint, or a PEFT adapter")
+    add("--to", required=True, metavar="DIR", help="the folder to write")
+    add("--format", required=True, choices=list(LIBRARIES), help="what it is to be loaded by")
+    add("--dtype", default="auto", choices=["auto", *DTYPES], help="auto: the base's; an adapter is float32")
+    add("--name", help="the retriever's name in its card, as owner/name (default: DIR's name)")
+    add("--overwrite", action="store_true", help="replace the checkpoint that DIR holds")
+    try:
+        export(parser.parse_args(argv))
+    except InputError as error:
+        print(f"export: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
