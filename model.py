@@ -592,7 +592,9 @@ def load_tokenizer(folder: Path, config: Config) -> Tokenizer:
 def _add_token(tokenizer: Tokenizer, form: str, token: str, number: int) -> None:
     """Put a special token before or behind every text, as part of the tokenizer: so it survives truncation,
     and other libraries that load the tokenizer add it too."""
-    template = processors.TemplateProcessing(single=form, special_tokens=[(token, number)])
+    # A template before this one hands on its BOS and the text as two pieces: hence the pair.
+    pair = form.replace("$A", "$A $B")
+    template = processors.TemplateProcessing(single=form, pair=pair, special_tokens=[(token, number)])
     before = tokenizer.post_processor
     tokenizer.post_processor = processors.Sequence([before, template]) if before else template
 

@@ -13,6 +13,7 @@ from conftest import ROOT
 from loopback import Loopback, commit
 from tiny import byte_tokenizer, tiny_checkpoint
 
+import dream
 from data import InputError
 from model import Checkpoint, Embedder, add_lora, find_folder, load_embedder, lora_layers, save_embedder
 
@@ -86,6 +87,21 @@ def test_an_adapter_that_names_its_base_by_its_hub_name(hub, tmp_path, revision)
     hub.repos["own/adapter"] = adapter
     expected = embedder.embed(embedder.tokenize(TEXTS, "query"))
     assert torch.equal(embeddings("own/adapter"), expected)
+
+
+def test_training_from_hub_names(hub, tmp_path, monkeypatch):
+    """Judge and retriever by one name share their weights; the run names its base by it, and loads again."""
+    rows = tmp_path / "rows.jsonl"
+    row = {"query": "q", "target": "t", "documents": ["a text", "another"], "positive": 0}
+    rows.write_text("".join(json.dumps({**row, "query": f"q {i}"}) + "\n" for i in range(20)))
+    names = ["--judge", "own/base@main", "--retriever", "own/base@main"]
+    flags = ["--steps", "2", "--batch", "2", "--num-heads", "2", "--lora-rank", "2", "--device", "cpu"]
+    out = tmp_path / "run"
+    assert dream.main(["train", "--train", str(rows), *names, "--out", str(out), *flags]) == 0
+    config = json.loads((out / "step-000002" / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("own/base", "main")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert embeddings(out).isfinite().all()
 
 
 def test_what_cannot_be_fetched_is_told_in_one_line(hub, tmp_path, monkeypatch):

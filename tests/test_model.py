@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import byte_tokenizer, config_file, random_lm, tiny_checkpoint
+from tokenizers import processors
 
 from data import InputError
 from model import (
@@ -15,6 +16,7 @@ from model import (
     Embedder,
     add_lora,
     load_embedder,
+    load_tokenizer,
     lora_layers,
     pick_device,
     pick_dtype,
@@ -216,6 +218,33 @@ def test_eos_survives_truncation_and_prompts_go_in_front(tmp_path):
     assert short == byte_tokenizer().encode("ab").ids + [256]
     assert len(long) == 10 and long[-1] == 256
     assert embedder.tokenize(["ab"], "query")[0] == byte_tokenizer().encode("Q: ab").ids + [256]
+
+
+def test_bos_and_eos_that_the_tokenizer_or_its_config_asks_for(tmp_path):
+    """Llama's tokenizer.json adds a BOS by itself; an EOS, asked for by flag or by file, follows the text."""
+    config = config_file(tmp_path)
+    llama = byte_tokenizer()
+    llama.add_special_tokens(["<s>"])
+    template = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 257)])
+    llama.post_processor = processors.Sequence([processors.ByteLevel(), template])
+    llama.save(str(tmp_path / "tokenizer.json"))
+    plain = byte_tokenizer().encode("ab").ids
+    asked = {"bos_token": "<s>", "eos_token": {"content": "<|endoftext|>"}, "add_bos_token": True}
+    for written, flag, expected in (
+        (None, False, [257, *plain]),
+        (None, True, [257, *plain, 256]),
+        (asked, False, [257, *plain]),  # there already
+        (asked | {"add_eos_token": True}, False, [257, *plain, 256]),
+    ):
+        if written:
+            (tmp_path / "tokenizer_config.json").write_text(json.dumps(written))
+        embedder = Embedder(random_lm(config).model, load_tokenizer(tmp_path, config), 10, append_eos=flag)
+        short, long = embedder.tokenize(["ab", "x" * 50], "query")
+        assert short == expected
+        assert len(long) == 10 and (long[0], long[-1]) == (257, 256 if 256 in expected else long[1])
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_eos_token": True, "eos_token": "</s>"}))
+    with pytest.raises(InputError, match="tokenizer_config.json: eos_token '</s>' has no id"):
+        load_tokenizer(tmp_path, config)
 
 
 def test_pick_device_and_dtype():

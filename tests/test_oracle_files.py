@@ -1,11 +1,14 @@
 """Our checkpoints in PEFT and sentence-transformers, and PEFT's in ours: equal embeddings."""
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
 from tiny import byte_tokenizer, tiny_checkpoint
+from tokenizers.processors import TemplateProcessing
 
-from data import pad
+from data import InputError, pad
 from model import Checkpoint, Embedder, add_lora, load_embedder, lora_layers, save_embedder
 
 peft = pytest.importorskip("peft")
@@ -78,3 +81,104 @@ def test_our_run_in_sentence_transformers(tmp_path, options):
         ours = embedder.embed(embedder.tokenize(TEXTS, kind)).detach()
         encoded = torch.from_numpy(theirs.encode(TEXTS, prompt_name=kind, batch_size=2))
         torch.testing.assert_close(ours, encoded, rtol=0, atol=1e-5)
+
+
+def their_folder(tmp_path, layout, pooling="lasttoken", normalize=True, similarity="cosine", **settings):
+    """A folder that sentence-transformers itself wrote (6.x), or one in the layout of 5.x and before."""
+    base = tiny_checkpoint(tmp_path / "base")
+    special = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "model_max_length": 48}
+    (base / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **special})
+    )
+    modules = sentence_transformers.models
+    parts = [modules.Transformer(str(base)), modules.Pooling(48, pooling_mode=pooling)]
+    model = sentence_transformers.SentenceTransformer(
+        modules=parts + [modules.Normalize()] * normalize,
+        prompts={"query": "find: ", "document": "text: ", "other": "x"},
+        similarity_fn_name=similarity,
+        device="cpu",
+    )
+    folder = tmp_path / "theirs"
+    model.save_pretrained(str(folder))
+    if layout == "legacy":
+        names = ["Transformer", "Pooling", "Normalize"][: 2 + normalize]
+        paths = ["", "1_Pooling", "2_Normalize"]
+        listed = [
+            {"idx": i, "name": str(i), "path": paths[i], "type": f"sentence_transformers.models.{name}"}
+            for i, name in enumerate(names)
+        ]
+        old = {
+            f"pooling_mode_{name}": False for name in ("cls_token", "mean_tokens", "max_tokens", "lasttoken")
+        }
+        old[f"pooling_mode_{pooling}" + ("_tokens" if pooling == "mean" else "")] = True
+        (folder / "modules.json").write_text(json.dumps(listed))
+        (folder / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 48, **old}))
+        (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 48, **settings}))
+    return folder
+
+
+@pytest.mark.parametrize("layout", ["6.x", "legacy"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_sentence_transformers_folders_in_ours(tmp_path, layout, normalize):
+    """Their prompts and length; without Normalize, cosine gives the same ranking."""
+    folder = their_folder(tmp_path, layout, normalize=normalize)
+    theirs = sentence_transformers.SentenceTransformer(str(folder), device="cpu")
+    ours = load_embedder(folder, CPU, torch.float32)
+    assert ours.max_length == theirs.max_seq_length == 48
+    assert (ours.prompts["query"], ours.prompts["document"]) == ("find: ", "text: ")
+    for kind, encode in (("query", theirs.encode_query), ("document", theirs.encode_document)):
+        expected = torch.from_numpy(encode(TEXTS, normalize_embeddings=True))
+        embedded = ours.embed(ours.tokenize(TEXTS, kind))
+        torch.testing.assert_close(embedded, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["6.x", "legacy"])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"pooling": "mean"}, "1_Pooling/config.json: the pooling is .*mean.*, only lasttoken"),
+        ({"normalize": False, "similarity": "dot"}, "modules.json: no Normalize, and similarity 'dot'"),
+    ],
+)
+def test_other_poolings_are_refused_by_name(tmp_path, layout, options, message):
+    with pytest.raises(InputError, match=message):
+        load_embedder(their_folder(tmp_path, layout, **options), CPU, torch.float32)
+
+
+def test_other_modules_are_refused_by_name(tmp_path):
+    folder = their_folder(tmp_path, "legacy", do_lower_case=True)
+    with pytest.raises(InputError, match="do_lower_case"):
+        load_embedder(folder, CPU, torch.float32)
+    listed = json.loads((folder / "modules.json").read_text())
+    listed.append({"idx": 3, "name": "3", "path": "3_Dense", "type": "sentence_transformers.models.Dense"})
+    (folder / "modules.json").write_text(json.dumps(listed))
+    with pytest.raises(InputError, match="modules Transformer, Pooling, Normalize, Dense; supported"):
+        load_embedder(folder, CPU, torch.float32)
+    (folder / "modules.json").write_text("[1]")
+    with pytest.raises(InputError, match="modules.json: expected a list"):
+        load_embedder(folder, CPU, torch.float32)
+
+
+@pytest.mark.parametrize("processor", [False, True])
+def test_the_eos_that_tokenizer_config_asks_for(tmp_path, processor):
+    """E5-mistral's files: the flags ask for BOS and EOS, tokenizer.json adds at most the BOS. transformers 5
+    follows tokenizer.json; with both flags given to its loader it agrees with us."""
+    base = tiny_checkpoint(tmp_path / "base", model_type="mistral")
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    if processor:
+        tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 257)])
+    tokenizer.save(str(base / "tokenizer.json"))
+    special = {
+        "bos_token": "<s>",
+        "eos_token": {"__type": "AddedToken", "content": "</s>", "special": True},
+        "add_bos_token": True,
+        "add_eos_token": True,
+    }
+    (base / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", **special}))
+    embedder = load_embedder(base, CPU, torch.float32, max_length=16)
+    theirs = transformers.AutoTokenizer.from_pretrained(base, add_bos_token=True, add_eos_token=True)
+    for text in ["short", "x" * 40]:
+        (ids,) = embedder.tokenize([text], "query")
+        assert (ids[0], ids[-1], len(ids)) == (257, 258, min(len(text), 14) + 2)
+        assert ids == theirs(text, truncation=True, max_length=16)["input_ids"]
