@@ -39,6 +39,7 @@ def make_run(tmp_path, full=False, options=OPTIONS, **config):
     settings = {
         "command": "train",
         "train": str(tmp_path / "somebody" / "rows.jsonl.gz"),
+        "rows": 12345,
         "judge": "Qwen/Qwen2.5-1.5B",
         "retriever": str(base),
         "out": str(run),
@@ -174,7 +175,12 @@ def test_the_card(tmp_path, kind):
     assert "base_model" not in front and "license" not in front  # the base is known by a local path only
     for line in ("# owner/name", "* Base checkpoint: `base-model`", "* Judge: `Qwen/Qwen2.5-1.5B`"):
         assert f"\n{line}\n" in text
-    for line in ("* Training data: `rows.jsonl.gz`", "* Checkpoint: `step-000100`", "* Weights: `float32`"):
+    for line in (
+        "* Training data: `rows.jsonl.gz`",
+        "* Training rows: `12,345`",
+        "* Checkpoint: `step-000100`",
+        "* Weights: `float32`",
+    ):
         assert f"\n{line}\n" in text
     cells = dict(re.findall(r"^\| `(\w+)` +\| (.*?) +\|$", text, re.MULTILINE))
     assert cells["temperature"] == "0.03" and cells["candidates"] == "7" and cells["lr"] == "0.00025"

@@ -115,6 +115,7 @@ def model_card(embedder: model.Embedder, checkpoint: Path, base: str, kind: str,
     front += [f"base_model: {base.partition('@')[0]}"] * bool(HUB_NAME.fullmatch(base))
     facts = {"Base checkpoint": base, "Judge": public_name(settings.get("judge") or "")}
     facts |= {"Training data": public_name(settings.get("train") or "")}
+    facts |= {"Training rows": f"{settings['rows']:,}" if "rows" in settings else ""}
     facts |= {"Checkpoint": checkpoint.name if settings else ""}
     facts |= {"Weights": str(embedder.decoder.embed_tokens.weight.dtype).removeprefix("torch.")}
     parts = ["\n".join([*front, "---"]), f"# {name}"]
@@ -169,7 +170,6 @@ def export(args: argparse.Namespace) -> None:
             raise InputError(f"{to}: holds no checkpoint; --overwrite replaces nothing else")
     embedder = model.load_embedder(source, torch.device("cpu"), torch.float32)
     config, dtype = embedder.decoder.config.raw, "float32"
-    config.pop("_name_or_path", None)  # may be a path of whoever saved the base
     if args.format != "adapter":
         model.merge_lora(embedder.decoder)
         stated = config.get("dtype") or config.get("torch_dtype")
