@@ -147,6 +147,7 @@ class Config:
                 key: value for key, value in self.raw.items() if key != "_name_or_path"
             },  # a path of someone's
             "architectures": [architecture],
+            "head_dim": self.head_dim,  # its default is not the same in every version
             "rope_theta": self.rope_theta,
             "rope_scaling": self.rope_scaling,
             "rope_parameters": rope,
