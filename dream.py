@@ -779,7 +779,7 @@ def mine(args: argparse.Namespace) -> None:
     best other documents by BM25 or an embedder. Answers are not used to choose candidates."""
     path = Path(args.corpus)
     corpus = Corpus(path / "corpus.jsonl" if path.is_dir() else path)
-    numbers, _ = corpus.check()
+    numbers = {doc_id: number for number, doc_id in enumerate(corpus.ids)}
     lines = JsonLines(Path(args.questions))
     questions = [read_question(lines, index, numbers) for index in range(len(lines))]
     if args.limit and args.limit < len(questions):
@@ -795,7 +795,7 @@ def mine(args: argparse.Namespace) -> None:
         device = pick_device(args.device)
         embedder = load_embedder(args.by, device, pick_dtype(args.dtype, device)[0])
         named = {str(number): query for number, query in enumerate(queries)}
-        dataset = RetrievalDataset(path.name, "", path, named, {}, _corpus=corpus)
+        dataset = RetrievalDataset(path.name, "", path, named, {}, documents=corpus)
         found = dense_hits(embedder, dataset, wanted).indices
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -24,6 +24,7 @@ with the query's own id is dropped, as in BEIR (--identical-ids).
 
 import argparse
 import difflib
+import hashlib
 import itertools
 import json
 import math
@@ -35,7 +36,8 @@ import sys
 import time
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -43,6 +45,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -55,16 +59,27 @@ from data import (
     fetch_zip,
     load_dataset,
     remote_size,
+    to_device,
     token_batches,
     write_atomic,
 )
-from model import Embedder, find_folder, load_embedder, pick_device, pick_dtype, resolve_run
+from model import (
+    Embedder,
+    find_folder,
+    join_processes,
+    leave_processes,
+    load_embedder,
+    pick_device,
+    pick_dtype,
+    resolve_run,
+)
 
 CUTOFFS = (1, 3, 5, 10, 100, 1000)
 BATCH_TOKENS = 16_384
 DOCUMENT_BLOCK = 32_768  # documents read, sorted by length and encoded at a time
 MARGIN = 128  # hits kept beyond k: top-k breaks ties arbitrarily, the final sort by id needs the tied ones
 DEFAULT_MODEL = "runs/demo"
+STORED = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 MTEB_LAYOUT = "2.26.24"  # the mteb whose result files --mteb writes
 MTEB_DROPS = {"MSMARCO", "FiQA2018", "ArguAna", "QuoraRetrieval", "FEVER"}  # identical ids, elsewhere kept
 
@@ -118,40 +133,51 @@ RTEB = {
 }
 
 
+class Tokenized(NamedTuple):
+    """Texts as token ids, each distinct text once."""
+
+    token_ids: list[np.ndarray]  # int32, of the distinct texts
+    rows: np.ndarray  # (N,) int64: which of them each text is
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(map(len, self.token_ids))
+
+
+def tokenize(embedder: Embedder, texts: Iterable[str], kind: str) -> Tokenized:
+    """kind: "query" or "document", which decides the prompt."""
+    numbers: dict[str, int] = {}
+    rows = np.array([numbers.setdefault(text, len(numbers)) for text in texts], np.int64)
+    return Tokenized([np.array(ids, np.int32) for ids in embedder.tokenize(list(numbers), kind)], rows)
+
+
 @torch.no_grad()
-def encode(
-    embedder: Embedder,
-    texts: list[str],
-    kind: str,
-    batch_tokens: int = BATCH_TOKENS,
-    bar: tqdm | None = None,
-    share: float = 1.0,
+def embed_all(
+    embedder: Embedder, tokenized: Tokenized, batch_tokens: int = BATCH_TOKENS, bar: tqdm | None = None
 ) -> Tensor:
     """Embeddings (N, C) of at least one text, float32, unit length, on the embedder's device.
 
-    kind: "query" or "document". Each distinct text is encoded once, in batches of similar length whose padded
-    size is at most `batch_tokens`. `bar` counts tokens; `share`, the part of its remaining work that these
-    texts are, gives its total. Raises InputError when an embedding is not finite.
+    In batches of similar length whose padded size is at most `batch_tokens`; `bar` counts tokens. Raises
+    InputError when an embedding is not finite.
     """
-    distinct = list(dict.fromkeys(texts))
-    token_ids = embedder.tokenize(distinct, kind)
-    lengths = [len(ids) for ids in token_ids]
-    if bar is not None:
-        bar.total = bar.n + round(sum(lengths) / share)
-    parts, order = [], []
+    lengths = [len(ids) for ids in tokenized.token_ids]
+    embeddings = torch.empty(len(lengths), embedder.dim, device=embedder.device)  # (distinct texts, C)
     training = embedder.training
     embedder.eval()  # no dropout, also when asked in the middle of a training
     for batch in token_batches(lengths, batch_tokens):
-        parts.append(embedder.embed([token_ids[i] for i in batch]))  # (B, C)
-        order += batch
+        rows = to_device(torch.tensor(batch), embedder.device)
+        embeddings[rows] = embedder.embed([tokenized.token_ids[i] for i in batch])  # (B, C)
         if bar is not None:
             bar.update(sum(lengths[i] for i in batch))
     embedder.train(training)
-    row_of = {distinct[i]: row for row, i in enumerate(order)}
-    embeddings = torch.cat(parts)[[row_of[text] for text in texts]]  # (N, C), back in the order of `texts`
     if not embeddings.isfinite().all():
-        raise InputError(f"the model's {kind} embeddings are not all finite numbers; try --dtype float32")
-    return embeddings
+        raise InputError("the model's embeddings are not all finite numbers; try --dtype float32")
+    return embeddings[to_device(torch.from_numpy(tokenized.rows), embedder.device)]
+
+
+def encode(embedder: Embedder, texts: list[str], kind: str, batch_tokens: int = BATCH_TOKENS) -> Tensor:
+    """`embed_all` of `tokenize`: (N, C) float32 unit vectors of texts of one kind, "query" or "document"."""
+    return embed_all(embedder, tokenize(embedder, texts, kind), batch_tokens)
 
 
 @contextmanager
@@ -207,7 +233,7 @@ class Hits(NamedTuple):
 
     scores: np.ndarray  # (Q, K) float32, descending; -inf where there is no hit
     indices: np.ndarray  # (Q, K) int64 into doc_ids; -1 where there is no hit
-    doc_ids: list[str]  # the ids of the whole corpus
+    doc_ids: Sequence[str]  # the ids of the whole corpus
 
 
 def dense_hits(
@@ -217,19 +243,110 @@ def dense_hits(
     batch_tokens: int = BATCH_TOKENS,
     document_block: int = DOCUMENT_BLOCK,
     quiet: bool = False,
+    store: "EmbeddingStore | None" = None,
 ) -> Hits:
-    """Exact search over a streamed corpus; texts and embeddings of one block at a time are in memory."""
+    """Exact search over a streamed corpus; texts and embeddings of one block at a time are in memory.
+
+    Several processes (torchrun) each encode and search every so-manieth block, and all get the same hits.
+    store: keeps the embeddings; blocks that it holds are not encoded again.
+    """
+    rank, processes = join_processes()
     queries = encode(embedder, list(dataset.queries.values()), "query", batch_tokens)  # (Q, C)
-    doc_ids: list[str] = []
+    total = dataset.num_documents
+    size = min(document_block, math.ceil(total / processes))
+    blocks = [(start, min(start + size, total)) for start in range(0, total, size)][rank::processes]
+
+    def tokenized(missing: list[tuple[int, int]]) -> Iterator[Tokenized]:
+        return (tokenize(embedder, (t for _, t in dataset.corpus(*block)), "document") for block in missing)
+
+    missing = [block for block in blocks if store is None or not store.holds(*block)]
+    remaining = sum(end - start for start, end in missing)
     best = None
-    with tqdm(desc=f"{dataset.name}: encode", unit="tok", unit_scale=True, disable=quiet) as bar:
-        for block in _blocks(dataset.corpus(), document_block):
-            share = len(block) / max(dataset.num_documents - len(doc_ids), len(block))
-            documents = encode(embedder, [text for _, text in block], "document", batch_tokens, bar, share)
-            best = search(queries, documents, k, offset=len(doc_ids), best=best)
-            doc_ids.extend(doc_id for doc_id, _ in block)
-    scores, indices = best
-    return Hits(scores.cpu().numpy(), indices.cpu().numpy(), doc_ids)
+    with tqdm(desc=f"{dataset.name}: encode", unit="tok", unit_scale=True, disable=quiet or rank > 0) as bar:
+        ahead = one_ahead(tokenized(missing))
+        for start, end in blocks:
+            if store is not None and store.holds(start, end):
+                documents = store.read(start, end)
+            else:
+                block = next(ahead)
+                bar.total = bar.n + round(
+                    block.num_tokens * remaining / (end - start)
+                )  # as far as can be told
+                documents = embed_all(embedder, block, batch_tokens, bar)  # (n, C)
+                remaining -= end - start
+                if store is not None:
+                    documents = store.write(start, end, documents)
+            best = search(queries, documents, k, offset=start, best=best)
+    scores, indices = best or search(
+        queries, queries[:0], k
+    )  # more processes than blocks: nothing found here
+    if processes > 1:
+        scores, indices = _merge(scores, indices, k, processes)
+    return Hits(scores.cpu().numpy(), indices.cpu().numpy(), dataset.documents.ids)
+
+
+def _merge(scores: Tensor, indices: Tensor, k: int, processes: int) -> tuple[Tensor, Tensor]:
+    """The k best of every process's hits, (Q, k) each."""
+    parts = [torch.empty_like(scores) for _ in range(processes)]
+    numbers = [torch.empty_like(indices) for _ in range(processes)]
+    torch.distributed.all_gather(parts, scores)
+    torch.distributed.all_gather(numbers, indices)
+    scores, kept = torch.cat(parts, dim=1).topk(k, dim=1)
+    return scores, torch.cat(numbers, dim=1).gather(1, kept)
+
+
+def one_ahead(items: Iterable) -> Iterator:
+    """The items, each made in a background thread while the one before it is used."""
+    iterator, end = iter(items), object()
+    with ThreadPoolExecutor(1) as thread:
+        future = thread.submit(next, iterator, end)
+        while (item := future.result()) is not end:
+            future = thread.submit(next, iterator, end)
+            yield item
+
+
+class EmbeddingStore:
+    """Embeddings of a corpus on disk: a file a block, written whole or not at all, memory-mapped when read.
+
+    A store belongs to one corpus, one model and one way of embedding: the folder's name is a digest of all of
+    that, so nothing stale is ever read, and an encoding that was interrupted goes on where it stopped. Raises
+    InputError where the disk is too small.
+    """
+
+    def __init__(self, folder: Path, embedder: Embedder, dataset: RetrievalDataset, dtype: torch.dtype):
+        how = {**embedder.describe(), "weights": embedder.fingerprint(), "stored_as": str(dtype)}
+        key = json.dumps(how | {"corpus": dataset.documents.fingerprint}, sort_keys=True)
+        self.folder = folder / hashlib.blake2b(key.encode(), digest_size=12).hexdigest()
+        self.dtype, self.dim = dtype, embedder.dim
+        self.folder.mkdir(parents=True, exist_ok=True)
+        have = sum(file.stat().st_size for file in self.folder.iterdir())
+        need, free = dataset.num_documents * self.dim * dtype.itemsize, shutil.disk_usage(self.folder).free
+        if need - have > free:
+            raise InputError(f"{folder}: {need / 1e9:.1f} GB of embeddings, {free / 1e9:.1f} GB free")
+        write_atomic(self.folder / "key.json", key + "\n")
+
+    def _path(self, start: int, end: int) -> Path:
+        return self.folder / f"{start:010d}-{end:010d}.safetensors"
+
+    def holds(self, start: int, end: int) -> bool:
+        return self._path(start, end).exists()
+
+    def read(self, start: int, end: int) -> Tensor:
+        """(end - start, C), a view of the file."""
+        path = self._path(start, end)
+        try:
+            return load_file(path)["embeddings"]
+        except (SafetensorError, OSError, KeyError) as error:
+            raise InputError(f"{path}: not a whole file of embeddings ({error}); delete it") from error
+
+    def write(self, start: int, end: int, embeddings: Tensor) -> Tensor:
+        """Keep a block; returns it as it will be read, (end - start, C)."""
+        path = self._path(start, end)
+        temporary = path.with_suffix(".tmp")
+        embeddings = embeddings.to("cpu", self.dtype)
+        save_file({"embeddings": embeddings}, temporary)
+        os.replace(temporary, path)
+        return embeddings
 
 
 def _blocks(items: Iterable, size: int) -> Iterator[list]:
@@ -347,16 +464,10 @@ class BM25:
 
 def bm25_hits(dataset: RetrievalDataset, k: int, quiet: bool = False) -> Hits:
     """BM25 over a streamed corpus; the index is in memory, the texts are not."""
-    doc_ids: list[str] = []
-
-    def texts() -> Iterator[str]:
-        name, total = f"{dataset.name}: index", dataset.num_documents
-        for doc_id, text in tqdm(dataset.corpus(), name, total, unit="doc", disable=quiet):
-            doc_ids.append(doc_id)
-            yield text
-
-    scores, indices = BM25(texts()).search(list(dataset.queries.values()), k, quiet)
-    return Hits(scores, indices, doc_ids)
+    name, total = f"{dataset.name}: index", dataset.num_documents
+    texts = (text for _, text in tqdm(dataset.corpus(), name, total, unit="doc", disable=quiet))
+    scores, indices = BM25(texts).search(list(dataset.queries.values()), k, quiet)
+    return Hits(scores, indices, dataset.documents.ids)
 
 
 def ranking(hits: dict[str, float]) -> list[str]:
@@ -432,10 +543,7 @@ def evaluate(
 def evaluate_hits(
     dataset: RetrievalDataset, hits: Hits, k: int, keep_identical_ids: bool = False, per_query: bool = False
 ) -> tuple[dict, dict[str, dict[str, float]]]:
-    """The result of one dataset as it stands in --json, and its run cut at k. Raises InputError."""
-    if len(set(hits.doc_ids)) < len(hits.doc_ids):
-        ((twice, _),) = Counter(hits.doc_ids).most_common(1)
-        raise InputError(f"{dataset.path}: the corpus holds _id {twice!r} more than once")
+    """The result of one dataset as it stands in --json, and its run cut at k."""
     run, ambiguous = make_run(dataset.queries, hits, k, keep_identical_ids)
     table = score_queries(run, dataset.qrels, [cutoff for cutoff in CUTOFFS if cutoff <= k])
     result = {
@@ -689,6 +797,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--run", metavar="FILE", help="write a TREC run; {dataset} in FILE stands for the dataset's name")
     add("--json", metavar="FILE", help="write results and settings; rewritten after each dataset")
     add("--per-query", action="store_true", help="with each query's NDCG@10 in --json")
+    add("--embeddings", metavar="DIR", help="keep the documents' embeddings there, and reuse them")
+    kept = "as what they are kept (default: float32; half precision halves the disk)"
+    add("--embeddings-dtype", choices=list(STORED), default="float32", help=kept)
     add("--mteb", metavar="DIR", help="write result files that mteb reads")
     rules = "documents that have the query's id: beir drops them, mteb only in some tasks (default: beir, or "
     rules += "mteb with --mteb)"
@@ -705,6 +816,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def run_evaluation(args: argparse.Namespace) -> list[dict]:
     """Everything `main` does, InputError not caught; the results as in --json."""
+    rank, processes = join_processes()
     if args.model == DEFAULT_MODEL and not Path(args.model).exists():
         raise InputError(f"{args.model} does not exist: train it (`python dream.py train`) or pass --model")
     # Every dataset is checked before the first is encoded: a typing error should not wait for hours of work.
@@ -723,7 +835,10 @@ def run_evaluation(args: argparse.Namespace) -> list[dict]:
         for kind, prompt in (("query", args.query_prompt), ("document", args.document_prompt)):
             if prompt is not None:
                 embedder.prompts[kind] = prompt
-        settings |= {"checkpoint": str(folder), "device": str(device), "batch_tokens": args.batch_tokens}
+        settings |= {"checkpoint": str(folder), "device": str(device), "processes": processes}
+        settings |= {"batch_tokens": args.batch_tokens}
+        if args.embeddings:
+            settings["embeddings_dtype"] = args.embeddings_dtype
         settings |= {**embedder.describe(), "dtype_reason": reason}
         revision = folder.name if folder.parent.name == "snapshots" else revision
     settings |= {"model_revision": revision, "code": code_version(), "torch": torch.__version__}
@@ -741,11 +856,18 @@ def run_evaluation(args: argparse.Namespace) -> list[dict]:
         if args.model == "bm25":
             hits = bm25_hits(dataset, args.k + MARGIN)
         else:
-            hits = dense_hits(embedder, dataset, args.k + MARGIN, args.batch_tokens)
+            store = None
+            if args.embeddings:
+                store = EmbeddingStore(
+                    Path(args.embeddings), embedder, dataset, STORED[args.embeddings_dtype]
+                )
+            hits = dense_hits(embedder, dataset, args.k + MARGIN, args.batch_tokens, store=store)
         keep = args.identical_ids == "keep" or args.identical_ids == "mteb" and dataset.task not in MTEB_DROPS
         result, run = evaluate_hits(dataset, hits, args.k, keep, args.per_query)
         results.append(result | {"seconds": round(time.perf_counter() - started, 1)})
         print_result(result, width)
+        if rank:  # the first process alone writes
+            continue
         if args.run:
             tag = "_".join(Path(args.model).name.split()) or "dream"
             write_run(Path(args.run.replace("{dataset}", dataset.name)), run, tag)
@@ -773,6 +895,8 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         print(f"eval.py: error: {error}", file=sys.stderr)
         return 2
+    finally:
+        leave_processes()
     return 0
 
 

@@ -13,10 +13,14 @@ split-halves pairing.
 This file never trains, never tokenises prompts for the judge, and runs no code that comes with a checkpoint.
 """
 
+import hashlib
 import json
 import math
-from collections.abc import Iterable
+import os
+import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -25,10 +29,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, processors
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from attention import Injection, attention, attention_to_keys, exact
 from data import HUB_NAME, InputError, fetch_repository, pad, read_json, write_atomic
 
+CPU = torch.device("cpu")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 DESCRIPTION_FILES = (
@@ -290,6 +296,7 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.activation_checkpointing = False  # keep only each layer's input, and compute the rest again
 
     def forward(
         self,
@@ -324,8 +331,9 @@ class Decoder(nn.Module):
         context = Context(
             angles.cos().to(x.dtype), angles.sin().to(x.dtype), visible, prefix, store, injection, probe
         )
+        again = self.activation_checkpointing and torch.is_grad_enabled()
         for layer in self.layers:
-            x = layer(x, context)
+            x = checkpoint(layer, x, context, use_reentrant=False) if again else layer(x, context)
         return self.norm(x)
 
 
@@ -419,7 +427,7 @@ def lora_layers(decoder: Decoder) -> dict[str, LoRALinear]:
 def pick_device(name: str = "auto") -> torch.device:
     """The device of a flag; auto is CUDA where there is one."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else CPU
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -427,6 +435,29 @@ def pick_device(name: str = "auto") -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"--device {name}: this machine has no CUDA device; use --device cpu")
     return device
+
+
+def join_processes() -> tuple[int, int]:
+    """This process's rank and the number of processes, as torchrun started them; (0, 1) for one alone.
+
+    All but the first print nothing. The first call joins the process group, gloo on CPUs and nccl on GPUs.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if processes == 1:
+        return 0, 1
+    if not torch.distributed.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        # Ranks wait for the first while it chooses heads or fetches data: longer than the default allows.
+        torch.distributed.init_process_group(timeout=timedelta(hours=4))
+        if torch.distributed.get_rank():
+            sys.stdout = open(os.devnull, "w")
+    return torch.distributed.get_rank(), processes
+
+
+def leave_processes() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
@@ -646,7 +677,7 @@ class Embedder(nn.Module):
         nothing = [self.decoder.config.eos_token_id or 0]  # an empty text still gets an embedding
         return [encoding.ids or nothing for encoding in encoded]
 
-    def embed(self, token_ids: list[list[int]]) -> Tensor:
+    def embed(self, token_ids: Sequence[Sequence[int]]) -> Tensor:
         """One forward pass: (B, C) float32 unit vectors on the embedder's device."""
         input_ids, lengths = pad(token_ids, self.device)  # (B, T), (B,)
         mixed = self.dtype != self.decoder.embed_tokens.weight.dtype
@@ -654,6 +685,14 @@ class Embedder(nn.Module):
             hidden = self.decoder(input_ids)  # (B, T, C)
         last = hidden[torch.arange(len(token_ids), device=self.device), lengths - 1]  # (B, C)
         return F.normalize(exact(last), dim=-1)
+
+    def fingerprint(self) -> str:
+        """A digest of all weights, as they are computed with."""
+        digest = hashlib.blake2b(digest_size=16)
+        for name, tensor in sorted(self.decoder.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
     def describe(self) -> dict:
         """What decides the embeddings beside the weights."""

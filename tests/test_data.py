@@ -361,7 +361,7 @@ def test_corpus_finds_duplicate_ids(tmp_path):
         '{"_id": "a", "text": "1"}\n{"_id": "b", "text": "2"}\n{"_id": "a", "text": "3"}\n'
     )
     with pytest.raises(InputError, match="line 3: _id 'a' stands already on line 1"):
-        Corpus(tmp_path / "c.jsonl").check()
+        Corpus(tmp_path / "c.jsonl")
 
 
 def test_json_lines_is_random_access(tmp_path):

@@ -6,6 +6,7 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -315,35 +316,100 @@ def test_dense_evaluation_equals_one_built_from_the_parts(small):
 def test_a_corpus_is_streamed_in_blocks(small, monkeypatch):
     """At most a block of texts is ever asked of the embedder, and blocks do not change what is found."""
     dataset, asked = load_dataset(small, "test"), []
-    encode = yardstick.encode
+    tokenize = yardstick.tokenize
 
-    def watched(embedder, texts, kind, *rest):
+    def watched(embedder, texts, kind):
+        texts = list(texts)
         asked.append((kind, len(texts)))
-        return encode(embedder, texts, kind, *rest)
+        return tokenize(embedder, texts, kind)
 
     whole = yardstick.dense_hits(CountingEmbedder(), dataset, 300, quiet=True)
-    monkeypatch.setattr(yardstick, "encode", watched)
+    monkeypatch.setattr(yardstick, "tokenize", watched)
     blocks = yardstick.dense_hits(CountingEmbedder(), dataset, 300, document_block=64, quiet=True)
     assert asked == [("query", 20), *[("document", 64)] * 4, ("document", 300 - 256)]
-    assert blocks.doc_ids == whole.doc_ids == [doc_id for doc_id, _ in dataset.corpus()]
+    assert list(blocks.doc_ids) == list(whole.doc_ids) == [doc_id for doc_id, _ in dataset.corpus()]
     assert yardstick.evaluate_hits(dataset, blocks, 100) == yardstick.evaluate_hits(dataset, whole, 100)
 
 
-def test_progress_knows_the_tokens_to_come(small):
+def test_progress_knows_the_tokens_to_come(small, monkeypatch):
     dataset, bars = load_dataset(small, "test"), []
-    encode = yardstick.encode
+    embed_all = yardstick.embed_all
 
-    def watched(*arguments):
-        embeddings = encode(*arguments)
-        if len(arguments) > 4:
-            bars.append((arguments[4].n, arguments[4].total))
+    def watched(embedder, tokenized, batch_tokens, bar=None):
+        embeddings = embed_all(embedder, tokenized, batch_tokens, bar)
+        if bar is not None:
+            bars.append((bar.n, bar.total))
         return embeddings
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(yardstick, "encode", watched)
-        yardstick.dense_hits(CountingEmbedder(), dataset, 10, document_block=100)
+    monkeypatch.setattr(yardstick, "embed_all", watched)
+    yardstick.dense_hits(CountingEmbedder(), dataset, 10, document_block=100)
     assert [done < total for done, total in bars] == [True, True, False] and bars[-1][0] == bars[-1][1]
     assert bars[0][1] == pytest.approx(bars[-1][1], rel=0.25)
+
+
+def test_the_next_block_is_made_while_one_is_used():
+    made = []
+    items = yardstick.one_ahead(made.append(i) or i for i in range(5))
+    assert next(items) == 0 and made[:1] == [0]
+    for _ in range(100):
+        time.sleep(0.01)
+        if len(made) == 2:
+            break
+    assert made == [0, 1]  # one, not more: memory holds two blocks
+    assert list(items) == [1, 2, 3, 4]
+    with pytest.raises(ZeroDivisionError):
+        list(yardstick.one_ahead(1 // i for i in (1, 0)))
+
+
+@pytest.mark.parametrize("name", ["float32", "float16", "bfloat16"])
+def test_embeddings_are_kept_and_reused(small, tmp_path, monkeypatch, name):
+    """The second time nothing is encoded, an interrupted encoding goes on, other settings are another store."""
+    dataset = load_dataset(small, "test")
+    model = tiny_checkpoint(tmp_path / "tiny")
+    embedder = load_embedder(model, torch.device("cpu"), torch.float32)
+    expected = yardstick.dense_hits(embedder, dataset, 50, document_block=64, quiet=True)
+    asked, tokenize = [], yardstick.tokenize
+    monkeypatch.setattr(
+        yardstick, "tokenize", lambda e, texts, kind: asked.append(kind) or tokenize(e, texts, kind)
+    )
+
+    def hits(embedder):
+        asked.clear()
+        store = yardstick.EmbeddingStore(tmp_path / "kept", embedder, dataset, yardstick.STORED[name])
+        return yardstick.dense_hits(embedder, dataset, 50, document_block=64, quiet=True, store=store)
+
+    first = hits(embedder)
+    assert asked == ["query"] + ["document"] * 5
+    if name == "float32":
+        assert np.array_equal(first.scores, expected.scores) and np.array_equal(
+            first.indices, expected.indices
+        )
+    else:
+        np.testing.assert_allclose(first.scores, expected.scores, atol=0.02)
+    second = hits(embedder)
+    assert asked == ["query"] and np.array_equal(first.scores, second.scores)
+    (folder,) = (tmp_path / "kept").iterdir()
+    sorted(folder.glob("*.safetensors"))[2].unlink()
+    third = hits(embedder)
+    assert asked == ["query", "document"] and np.array_equal(first.scores, third.scores)
+    shorter = load_embedder(model, torch.device("cpu"), torch.float32, max_length=2)
+    hits(shorter)
+    assert asked == ["query"] + ["document"] * 5
+    with torch.no_grad():
+        embedder.decoder.norm.weight[0] += 0.5  # other weights
+    hits(embedder)
+    assert asked == ["query"] + ["document"] * 5
+    broken = sorted(folder.glob("*.safetensors"))[0]
+    broken.write_bytes(broken.read_bytes()[:100])
+    with pytest.raises(InputError, match="not a whole file of embeddings .*; delete it"):
+        hits(load_embedder(model, torch.device("cpu"), torch.float32))
+
+
+def test_a_disk_too_small_for_the_embeddings_is_told_first(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(yardstick.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10}))
+    embedder = load_embedder(tiny_checkpoint(tmp_path / "tiny"), torch.device("cpu"), torch.float32)
+    with pytest.raises(InputError, match="GB of embeddings, 0.0 GB free"):
+        yardstick.EmbeddingStore(tmp_path / "kept", embedder, load_dataset(small, "test"), torch.float32)
 
 
 def test_identical_ids_are_dropped_unless_kept(tmp_path):
