@@ -34,7 +34,8 @@ import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -62,7 +63,16 @@ from data import (
     token_batches,
     write_atomic,
 )
-from eval import BM25, bm25_hits, dense_hits, evaluate_embedder, evaluate_hits, expand_names, resolve_datasets
+from eval import (
+    BM25,
+    bm25_hits,
+    dense_hits,
+    evaluate_embedder,
+    evaluate_hits,
+    expand_names,
+    one_ahead,
+    resolve_datasets,
+)
 from model import (
     PROJECTIONS,
     Cache,
@@ -73,6 +83,8 @@ from model import (
     Probe,
     add_lora,
     find_folder,
+    join_processes,
+    leave_processes,
     load_adapter,
     load_embedder,
     load_tokenizer,
@@ -149,25 +161,20 @@ def shuffled_prompts(builder: PromptBuilder, rows: Sequence[Row], *seed: int) ->
     return builder.build(rows, [shuffled(len(row.documents), *seed, row.index) for row in rows])
 
 
-Objective = Callable[[JudgeBatch, Tensor], Tensor]  # (batch, log weights (B, N)) -> loss of each query (B,)
+@dataclass
+class PreparedRows:
+    """What a step needs of its rows, in tokens: made while the step before it runs."""
+
+    rows: list[Row]
+    texts: dict[tuple[str, str], int]  # (text, kind) -> its number among the distinct texts
+    token_ids: list[list[int]]  # of the distinct texts
+    prompts: list[Prompt]
 
 
-def training_step(
-    retriever: Embedder,
-    builder: PromptBuilder,
-    objective: Objective,
-    rows: list[Row],
-    args: argparse.Namespace,
-    seed: tuple[int, ...],
-) -> dict[str, Tensor]:
-    """Add the gradient of the mean loss over `rows` to the retriever's trainable parameters.
-
-    seed: decides the candidates' order in the prompts and the dropout. Micro-batch sizes change nothing but
-    rounding (and, where there is dropout, its masks). Returns scalars still on the device: the loss, the
-    effective number of candidates exp(H(w)), the weight on the relevant document where it is known; and as
-    plain numbers the document tokens that prompts cut and the tokens read.
-    """
-    device = retriever.device
+def prepare_rows(
+    retriever: Embedder, builder: PromptBuilder, rows: list[Row], seed: tuple[int, ...]
+) -> PreparedRows:
+    """Tokenise queries, documents and prompts. seed: decides the candidates' order in the prompts."""
     texts = {(row.query, "query"): 0 for row in rows}
     texts |= {(document.full_text, "document"): 0 for row in rows for document in row.documents}
     for number, key in enumerate(texts):  # each distinct text is embedded once
@@ -175,6 +182,31 @@ def training_step(
     token_ids: list[list[int]] = []
     for kind in ("query", "document"):
         token_ids += retriever.tokenize([text for text, own in texts if own == kind], kind)
+    return PreparedRows(rows, texts, token_ids, shuffled_prompts(builder, rows, *seed))
+
+
+Objective = Callable[[JudgeBatch, Tensor], Tensor]  # (batch, log weights (B, N)) -> loss of each query (B,)
+
+
+def training_step(
+    retriever: Embedder,
+    objective: Objective,
+    prepared: PreparedRows,
+    args: argparse.Namespace,
+    seed: tuple[int, ...],
+    num_rows: int | None = None,
+) -> dict[str, Tensor]:
+    """Add the gradient of the loss over the prepared rows to the retriever's trainable parameters.
+
+    seed: decides the dropout. num_rows: what the sum of losses is divided by, if these rows are a part of
+    more. Micro-batch sizes change nothing but rounding (and, where there is dropout, its masks). Returns sums
+    over rows as scalars on the device: the loss, the effective number of candidates exp(H(w)), the weight on
+    the relevant document where it is known and in how many rows it is; the document tokens that prompts cut,
+    and the tokens read.
+    """
+    device = retriever.device
+    rows, texts, token_ids = prepared.rows, prepared.texts, prepared.token_ids
+    num_rows = num_rows or len(rows)
     by_length = sorted(range(len(token_ids)), key=lambda i: -len(token_ids[i]))
     chunks = [by_length[i : i + args.retriever_batch] for i in range(0, len(by_length), args.retriever_batch)]
 
@@ -193,12 +225,8 @@ def training_step(
     embeddings = torch.cat([part.detach() for part in parts]).requires_grad_()  # (U, C) float32
 
     # 2. Inject, predict, backward down to the embeddings.
-    stats = {
-        name: torch.zeros((), device=device) for name in ("loss", "effective_candidates", "positive_weight")
-    }
-    judge_tokens, labelled = 0, 0
-    prompts = shuffled_prompts(builder, rows, *seed)
-    pairs = sorted(zip(rows, prompts, strict=True), key=lambda pair: -len(pair[1].input_ids))
+    stats = {name: torch.zeros((), device=device) for name in SUMS}
+    pairs = sorted(zip(rows, prepared.prompts, strict=True), key=lambda pair: -len(pair[1].input_ids))
     for first in range(0, len(rows), args.judge_batch):
         some, own = zip(*pairs[first : first + args.judge_batch], strict=True)
         batch = collate(own, device, args.inject_rows)
@@ -212,18 +240,18 @@ def training_step(
         d = embeddings[to_device(position[torch.tensor(documents)], device)]  # (B, N, C)
         scores = torch.einsum("bc,bnc->bn", q, d)
         log_weights = log_softmax_scores(scores, batch.present, args.temperature)
-        loss = objective(batch, log_weights).sum() / len(rows)
-        loss.backward()
+        loss = objective(batch, log_weights).sum()
+        (loss / num_rows).backward()
         with torch.no_grad():
             stats["loss"] += loss
             entropy = -(log_weights.exp() * log_weights.masked_fill(~batch.present, 0.0)).sum(-1)  # (B,)
-            stats["effective_candidates"] += entropy.exp().sum() / len(rows)
+            stats["effective_candidates"] += entropy.exp().sum()
             known = [(b, row.positive) for b, row in enumerate(some) if row.positive is not None]
             if known:
                 index = to_device(torch.tensor(known), device)
                 stats["positive_weight"] += log_weights[index[:, 0], index[:, 1]].exp().sum()
-        judge_tokens += batch.num_tokens
-        labelled += len(known)
+        stats["labelled"] += len(known)
+        stats["tokens"] += batch.num_tokens
 
     # 3. From the embeddings' gradient into the retriever.
     start = 0
@@ -231,10 +259,30 @@ def training_step(
         gradient = embeddings.grad[start : start + len(part)]
         (part if len(chunks) == 1 else embed(number)).backward(gradient)
         start += len(part)
-    stats["positive_weight"] = stats["positive_weight"] / labelled if labelled else None
-    stats["document_tokens_cut"] = sum(prompt.tokens_cut for prompt in prompts)
-    stats["tokens"] = judge_tokens + sum(map(len, token_ids))
+    stats["document_tokens_cut"] += sum(prompt.tokens_cut for prompt in prepared.prompts)
+    stats["tokens"] += sum(map(len, token_ids))
     return stats
+
+
+SUMS = ("loss", "effective_candidates", "positive_weight", "labelled", "document_tokens_cut", "tokens")
+
+
+def add_up(stats: dict[str, Tensor], parameters: list[torch.nn.Parameter]) -> dict[str, Tensor]:
+    """The sums of `training_step` and the gradients, added up over all processes; one message for all."""
+    gradients = [parameter.grad for parameter in parameters]
+    flat = torch.cat([*(gradient.flatten() for gradient in gradients), torch.stack(list(stats.values()))])
+    torch.distributed.all_reduce(flat)
+    *parts, sums = flat.split([*(gradient.numel() for gradient in gradients), len(stats)])
+    for gradient, part in zip(gradients, parts, strict=True):
+        gradient.copy_(part.view_as(gradient))
+    return dict(zip(stats, sums, strict=True))
+
+
+def per_row(stats: dict[str, Tensor], num_rows: int) -> dict[str, Tensor]:
+    """Means instead of sums, as metrics.jsonl holds them; NaN is a weight that no row tells."""
+    means = {name: stats[name] / num_rows for name in ("loss", "effective_candidates")}
+    means["positive_weight"] = stats["positive_weight"] / stats["labelled"]
+    return means | {name: stats[name] for name in ("document_tokens_cut", "tokens")}
 
 
 # Choosing the heads (QRHead, arXiv 2506.09944, on the rows that will be injected)
@@ -593,19 +641,29 @@ def load_optimizer(optimizer: torch.optim.Optimizer, retriever: Embedder, folder
 
 def train(args: argparse.Namespace) -> None:
     """Train, then score what was saved; by then the training's own models are gone from memory."""
+    rank, processes = join_processes()
+    if args.batch < processes:
+        raise InputError(f"--batch {args.batch}: {processes} processes need at least one query each")
     device = pick_device(args.device)
     dtype, reason = pick_dtype(args.dtype, device)
     print_settings(args, device, dtype, reason)
     tests = [d for name in expand_names(args.test) for d in resolve_datasets(name)]
     fit(args, tests, device, dtype)
+    if processes > 1:
+        torch.distributed.barrier()  # until the first process has saved
     finish(Path(args.out), tests, device, dtype)
 
 
 def fit(
     args: argparse.Namespace, tests: list[RetrievalDataset], device: torch.device, dtype: torch.dtype
 ) -> None:
-    """The training loop: score, inject, predict, backward, step; now and then evaluate and save."""
+    """The training loop: score, inject, predict, backward, step; now and then evaluate and save.
+
+    Of several processes (torchrun), each takes every so-manieth row of a step and the gradients are added up:
+    the same as one process with the whole batch. The first alone chooses heads, writes and prints.
+    """
     out = Path(args.out)
+    rank, processes = join_processes()
     resume = None
     if args.resume:
         resume = out / read_json(out / "checkpoints.json")["last"]
@@ -633,23 +691,33 @@ def fit(
     if resume:
         heads = [tuple(pair) for pair in read_json(out / "heads.json")["selected"]]
     else:
-        heads, saved = select_heads(judge, builder, held_out, args, device)
-        if args.overwrite and out.exists():  # only now that all input was read, --heads may lie in there
-            shutil.rmtree(out)
-        write_atomic(out / "settings.json", json.dumps({**vars(args), "rows": len(rows)}, indent=1) + "\n")
-        write_atomic(out / "heads.json", json.dumps(saved) + "\n")
+        heads = []
+        if rank == 0:
+            heads, saved = select_heads(judge, builder, held_out, args, device)
+            if args.overwrite and out.exists():  # only now that all input was read, --heads may lie in there
+                shutil.rmtree(out)
+            settings = {**vars(args), "rows": len(rows)}
+            write_atomic(out / "settings.json", json.dumps(settings, indent=1) + "\n")
+            write_atomic(out / "heads.json", json.dumps(saved) + "\n")
+        heads = share_heads(heads, judge.config, device)
         results = {"bm25": [], "before": [], "after": []}
         for dataset in tests:
-            hits = bm25_hits(dataset, 100, quiet=True)
-            results["bm25"].append(evaluate_hits(dataset, hits, 100)[0])
             results["before"].append(evaluate_embedder(retriever, dataset))
-        write_atomic(out / "results.json", json.dumps(results, indent=1) + "\n")
+            if rank == 0:
+                hits = bm25_hits(dataset, 100, quiet=True)
+                results["bm25"].append(evaluate_hits(dataset, hits, 100)[0])
+        if rank == 0:
+            write_atomic(out / "results.json", json.dumps(results, indent=1) + "\n")
     tensors = head_tensors(heads, device)
 
     def objective(batch: JudgeBatch, log_weights: Tensor) -> Tensor:
         return dream_loss(judge, batch, log_weights, tensors, args.document_mass == "keep")
 
+    retriever.decoder.activation_checkpointing = args.activation_checkpointing
     parameters = list(trainable(retriever).values())
+    if processes > 1:
+        for parameter in parameters:
+            torch.distributed.broadcast(parameter.data, src=0)
     optimizer = torch.optim.AdamW(
         parameters, lr=args.lr, weight_decay=args.weight_decay, fused=device.type == "cuda"
     )
@@ -658,15 +726,23 @@ def fit(
         load_optimizer(optimizer, retriever, resume)
         state = read_json(resume / "trainer.json")
         first_step, best = state["step"], state["best"]
-    log = Log(out / "metrics.jsonl", first_step)
-    bar = tqdm(total=args.steps, initial=first_step, desc="train", unit="step")
-    for step in range(first_step, args.steps):
+    log = Log(out / "metrics.jsonl" if rank == 0 else None, first_step)
+    bar = tqdm(total=args.steps, initial=first_step, desc="train", unit="step", disable=rank > 0)
+
+    def prepared() -> Iterator[PreparedRows]:
+        for step in range(first_step, args.steps):
+            own = step_rows(step, rows, usable, args)[rank::processes]
+            yield prepare_rows(retriever, builder, own, (args.seed, step))
+
+    for step, batch in enumerate(one_ahead(prepared()), first_step):
         started = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
         retriever.train()
-        some = step_rows(step, rows, usable, args)
-        stats = training_step(retriever, builder, objective, some, args, (args.seed, step))
+        stats = training_step(retriever, objective, batch, args, (args.seed, step, rank), args.batch)
+        if processes > 1:
+            stats = add_up(stats, parameters)
+        stats = per_row(stats, args.batch)
         stats["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, args.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -677,31 +753,47 @@ def fit(
         if step == first_step or (step + 1) % 10 == 0 or due:
             bar.set_postfix(log.flush())
         if step == 0:
-            warn_about_temperature(log.last, max(len(row.documents) for row in some), args)
+            warn_about_temperature(log.last, max(len(row.documents) for row in batch.rows), args)
         if due:
-            score = None
             if dev is not None:
                 score = evaluate_embedder(retriever, dev)["metrics"]["ndcg@10"]
                 log.write({"step": step + 1, "dev": {"ndcg@10": score}})
-                bar.write(f"step {step + 1}: dev NDCG@10 {score:.4f}")
+                if rank == 0:
+                    bar.write(f"step {step + 1}: dev NDCG@10 {score:.4f}")
                 if not best or score > best["ndcg@10"]:
                     best = {"step": step + 1, "ndcg@10": score}
-            save_checkpoint(out, step + 1, retriever, optimizer, args, best)
+            if rank == 0:
+                save_checkpoint(out, step + 1, retriever, optimizer, args, best)
     bar.close()
     log.close()
+
+
+def share_heads(heads: Heads, config: Config, device: torch.device) -> Heads:
+    """The first process's heads, in every process."""
+    _, processes = join_processes()
+    if processes == 1:
+        return heads
+    chosen = torch.zeros(config.num_hidden_layers, config.num_attention_heads, device=device)
+    for layer, head in heads:
+        chosen[layer, head] = 1
+    torch.distributed.broadcast(chosen, src=0)
+    return [(layer, head) for layer, head in chosen.nonzero().tolist()]
 
 
 class Log:
     """metrics.jsonl, one object a step. Figures stay on the device until `flush`: no step waits for them."""
 
-    def __init__(self, path: Path, first_step: int):
+    def __init__(self, path: Path | None, first_step: int):
+        self.pending: list[dict] = []
+        self.last: dict = {}
+        self.file = None  # all but the first process write nothing
+        if path is None:
+            return
         kept = []
         if first_step:  # lines after the checkpoint belong to steps that will be done again
             kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= first_step]
         write_atomic(path, "".join(line + "\n" for line in kept))
         self.file = open(path, "a", encoding="utf-8")
-        self.pending: list[dict] = []
-        self.last: dict = {}
 
     def add(self, step: int, stats: dict, seconds: float) -> None:
         self.pending.append({"step": step, **stats, "time": {"seconds": seconds}})
@@ -710,15 +802,20 @@ class Log:
         """Read and write what is pending; returns what the progress bar shows."""
         shown = {}
         seconds = sum(record["time"]["seconds"] for record in self.pending)
-        tokens = sum(record["tokens"] for record in self.pending)
+        tokens = 0
         for record in self.pending:
             values = {k: v.item() if isinstance(v, Tensor) else v for k, v in record.items()}
-            self.last = {k: v for k, v in values.items() if v is not None}
+            if math.isnan(values["positive_weight"]):
+                del values["positive_weight"]  # no row tells its relevant document
+            self.last = {
+                k: int(v) if k in ("tokens", "document_tokens_cut") else v for k, v in values.items()
+            }
             if not math.isfinite(self.last["loss"]):
                 raise InputError(
                     f"step {record['step']}: the loss is {self.last['loss']}; lower --lr, or use float32"
                 )
             self.write(self.last)
+            tokens += self.last["tokens"]
         if self.pending:
             shown = {
                 "loss": f"{self.last['loss']:.3f}",
@@ -729,11 +826,13 @@ class Log:
         return shown
 
     def write(self, record: dict) -> None:
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
+        if self.file:
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
 
     def close(self) -> None:
-        self.file.close()
+        if self.file:
+            self.file.close()
 
 
 def warn_about_temperature(stats: dict, candidates: int, args: argparse.Namespace) -> None:
@@ -756,6 +855,8 @@ def finish(out: Path, tests: list[RetrievalDataset], device: torch.device, dtype
         results = read_json(out / "results.json")
         embedder = load_embedder(out, device, dtype)
         results["after"] = [evaluate_embedder(embedder, dataset) for dataset in tests]
+        if join_processes()[0]:
+            return
         write_atomic(out / "results.json", json.dumps(results, indent=1) + "\n")
         print(f"\n{'NDCG@10':32}{'queries':>8}{'BM25':>9}{'before':>9}{'after':>9}")
     for number, dataset in enumerate(tests):
@@ -1014,6 +1115,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     flag("t", "batch", 32, int, "queries per step")
     flag("th", "judge_batch", 4, int, "prompts the judge reads at once; decides memory and speed only")
     flag("t", "retriever_batch", 64, int, "texts embedded at once with a graph; likewise")
+    flag("t", "activation_checkpointing", False, bool, "less memory, a third more time for the retriever")
     flag("t", "lr", 1e-4, float, "peak learning rate of AdamW")
     flag("t", "warmup", 0.1, float, "part of the steps that warm up; then a cosine to a tenth")
     flag("t", "weight_decay", 0.0, float, "of AdamW")
@@ -1054,10 +1156,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     try:
         args = parse_arguments(argv)
+        if args.command != "train" and os.environ.get("WORLD_SIZE", "1") != "1":
+            raise InputError(f"{args.command} runs in one process, without torchrun")
         {"train": train, "heads": heads, "mine": mine}[args.command](args)
     except InputError as error:
         print(f"dream.py: error: {error}", file=sys.stderr)
         return 2
+    finally:
+        leave_processes()
     return 0
 
 

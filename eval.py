@@ -5,7 +5,7 @@
     python eval.py --dataset scifact nfcorpus --model runs/big --json scores.json
     python eval.py --dataset beir13 --model yixuantt/DREAM-0.5B --device cuda --batch-tokens 131072
     python eval.py --dataset rteb --model Qwen/Qwen3-Embedding-0.6B --max-length 8192 --mteb results
-    python eval.py --dataset path/to/folder other.zip --split dev --run {dataset}.trec
+    python eval.py --dataset path/to/folder other.zip --split dev --trec {dataset}.trec
 
 Public datasets are fetched once, by their names: BEIR's fifteen (groups beir, beir13, beir9; cqadupstack is
 the mean of its twelve parts) from $BEIR_URL into $DREAM_CACHE (~/.cache/dream), RTEB's open tasks (rteb)
@@ -589,7 +589,7 @@ def write_run(path: Path, run: dict[str, dict[str, float]], tag: str) -> None:
     parts = []
     for query_id, hits in run.items():
         if len(" ".join([query_id, *hits]).split()) != 1 + len(hits):
-            raise InputError(f"--run: query {query_id!r}: a TREC run cannot hold ids with spaces")
+            raise InputError(f"--trec: query {query_id!r}: a TREC run cannot hold ids with spaces")
         ranked = enumerate(hits.items(), 1)
         lines = (f"{query_id} Q0 {doc_id} {rank} {score:.9g} {tag}\n" for rank, (doc_id, score) in ranked)
         parts.append("".join(lines))
@@ -794,7 +794,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--dtype", default="auto", help="compute dtype: auto, float32, bfloat16, float16 (default: auto)")
     add("--batch-tokens", type=int, default=BATCH_TOKENS, help="padded tokens a batch (default: %(default)s)")
     add("--k", type=int, default=1000, help="hits kept for each query, at least 100 (default: %(default)s)")
-    add("--run", metavar="FILE", help="write a TREC run; {dataset} in FILE stands for the dataset's name")
+    add("--trec", metavar="FILE", help="write a TREC run; {dataset} in FILE stands for the dataset's name")
     add("--json", metavar="FILE", help="write results and settings; rewritten after each dataset")
     add("--per-query", action="store_true", help="with each query's NDCG@10 in --json")
     add("--embeddings", metavar="DIR", help="keep the documents' embeddings there, and reuse them")
@@ -808,8 +808,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     for name, least in (("k", 100), ("batch_tokens", 1), ("max_length", 1)):
         if (value := getattr(args, name)) is not None and value < least:
             parser.error(f"--{name.replace('_', '-')} {value}: must be at least {least}")
-    if args.run and "{dataset}" not in args.run and (len(args.dataset) > 1 or args.dataset[0] in GROUPS):
-        parser.error(f"--run {args.run}: several datasets need {{dataset}} in the file's name")
+    if args.trec and "{dataset}" not in args.trec and (len(args.dataset) > 1 or args.dataset[0] in GROUPS):
+        parser.error(f"--trec {args.trec}: several datasets need {{dataset}} in the file's name")
     args.identical_ids = args.identical_ids or ("mteb" if args.mteb else "beir")
     return args
 
@@ -821,8 +821,8 @@ def run_evaluation(args: argparse.Namespace) -> list[dict]:
         raise InputError(f"{args.model} does not exist: train it (`python dream.py train`) or pass --model")
     # Every dataset is checked before the first is encoded: a typing error should not wait for hours of work.
     datasets = [d for name in expand_names(args.dataset) for d in resolve_datasets(name, args.split)]
-    if args.run and len(datasets) > 1 and "{dataset}" not in args.run:
-        raise InputError(f"--run {args.run}: several datasets need {{dataset}} in the file's name")
+    if args.trec and len(datasets) > 1 and "{dataset}" not in args.trec:
+        raise InputError(f"--trec {args.trec}: several datasets need {{dataset}} in the file's name")
     settings = {name: getattr(args, name) for name in ("model", "k", "identical_ids")}
     revision = "no_revision_available"
     if args.model == "bm25":
@@ -868,9 +868,9 @@ def run_evaluation(args: argparse.Namespace) -> list[dict]:
         print_result(result, width)
         if rank:  # the first process alone writes
             continue
-        if args.run:
+        if args.trec:
             tag = "_".join(Path(args.model).name.split()) or "dream"
-            write_run(Path(args.run.replace("{dataset}", dataset.name)), run, tag)
+            write_run(Path(args.trec.replace("{dataset}", dataset.name)), run, tag)
         if args.json:
             content = {"results": results, "averages": average(results), "settings": settings}
             write_atomic(Path(args.json), json.dumps(content, indent=2) + "\n")

@@ -86,7 +86,9 @@ def test_step_equals_one_plain_graph(tmp_path, inject_rows, document_mass, judge
     def objective(batch, log_weights):
         return dream.dream_loss(judge, batch, log_weights, tensors, document_mass == "keep")
 
-    stats = dream.training_step(retriever, builder, objective, rows, args, (0, 5))
+    retriever.decoder.activation_checkpointing = retriever_batch == 7
+    prepared = dream.prepare_rows(retriever, builder, rows, (0, 5))
+    stats = dream.per_row(dream.training_step(retriever, objective, prepared, args, (0, 5)), len(rows))
     loss, expected = plain_gradients(judge, retriever, builder, rows, args, (0, 5))
     torch.testing.assert_close(stats["loss"], loss.to(stats["loss"].dtype))
     assert max(gradient.abs().max() for gradient in expected) > 1e-4
@@ -113,7 +115,9 @@ def test_dropout_is_replayed_in_the_second_pass(tmp_path):
         return out
 
     retriever.embed = embed
-    dream.training_step(retriever, builder, objective, rows, args, (0, 1))
+    dream.training_step(
+        retriever, objective, dream.prepare_rows(retriever, builder, rows, (0, 1)), args, (0, 1)
+    )
     first, second = graphs[: len(graphs) // 2], graphs[len(graphs) // 2 :]
     for (ids, out), (again_ids, again) in zip(first, second, strict=True):
         assert ids == again_ids and torch.equal(out, again)
@@ -252,9 +256,9 @@ def test_rows_that_choose_the_heads_are_never_trained_on(tiny_run, tmp_path, mon
         chosen.update(row.index for row in rows)
         return select(judge, builder, rows, *rest)
 
-    def stepping(retriever, builder, objective, rows, *rest):
-        trained.update(row.index for row in rows)
-        return step(retriever, builder, objective, rows, *rest)
+    def stepping(retriever, objective, prepared, *rest):
+        trained.update(row.index for row in prepared.rows)
+        return step(retriever, objective, prepared, *rest)
 
     monkeypatch.setattr(dream, "select_heads", selecting)
     monkeypatch.setattr(dream, "training_step", stepping)

@@ -363,7 +363,7 @@ def test_the_next_block_is_made_while_one_is_used():
 
 @pytest.mark.parametrize("name", ["float32", "float16", "bfloat16"])
 def test_embeddings_are_kept_and_reused(small, tmp_path, monkeypatch, name):
-    """The second time nothing is encoded, an interrupted encoding goes on, other settings are another store."""
+    """The second time nothing is encoded; an interrupted encoding goes on; other settings, another store."""
     dataset = load_dataset(small, "test")
     model = tiny_checkpoint(tmp_path / "tiny")
     embedder = load_embedder(model, torch.device("cpu"), torch.float32)
@@ -436,7 +436,7 @@ def test_duplicate_document_ids_are_an_error(tmp_path):
 def test_command_line_with_a_checkpoint(small, tmp_path, capsys):
     model = tiny_checkpoint(tmp_path / "tiny")
     again = shutil.copytree(small, tmp_path / "again")
-    files = ["--run", str(tmp_path / "{dataset}.trec"), "--json", str(tmp_path / "result.json")]
+    files = ["--trec", str(tmp_path / "{dataset}.trec"), "--json", str(tmp_path / "result.json")]
     arguments = ["--dataset", str(small), str(again), "--model", str(model), "--max-length", "64", *files]
     assert yardstick.main([*arguments, "--query-prompt", "query: ", "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
@@ -483,7 +483,7 @@ def test_wrong_input_is_one_line_and_exit_status_2(small, tmp_path, capsys, monk
         [*some, "--mod", "bm25"],
         [*some, "--k", "99"],
         [*some, "--batch-tokens", "0"],
-        [*some, *some[1:], "--run", "x.trec"],
+        [*some, *some[1:], "--trec", "x.trec"],
         [],
     ):
         with pytest.raises(SystemExit) as stopped:

@@ -1,0 +1,102 @@
+"""Two processes on the CPU (gloo), as torchrun starts them, against one."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+from safetensors.torch import load_file
+from test_eval import random_texts, write_beir
+from tiny import tiny_checkpoint
+
+
+def launch(processes, script, *arguments, **settings):
+    """Run a command as a user does: alone, or by torchrun."""
+    alone = [sys.executable, str(ROOT / script)]
+    flags = ["--nproc-per-node", str(processes), "--master-port", "0", "--rdzv-backend", "c10d"]
+    runner = [sys.executable, "-m", "torch.distributed.run", *flags, "--rdzv-endpoint", "localhost:0"]
+    command = [*(alone if processes == 1 else [*runner, str(ROOT / script)]), *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **settings}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    tiny_checkpoint(folder / "judge")
+    texts = random_texts(60, 3)
+    rows = [
+        {"query": f"query {i}", "target": texts[i][:9], "documents": texts[i : i + 2 + i % 3], "positive": 0}
+        for i in range(40)
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    documents = {f"d{i}": text for i, text in enumerate(random_texts(101, 4))}
+    queries = {f"q{i}": text for i, text in enumerate(random_texts(12, 5, 4))}
+    write_beir(folder / "set", documents, queries, {q: {f"d{i}": 1} for i, q in enumerate(queries)})
+    return folder
+
+
+def metrics(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "time"} for line in lines]
+
+
+def test_two_processes_train_as_one(world, tmp_path):
+    """The same global batch: equal losses and weights to float tolerance; the first process alone writes."""
+    names = ["--train", world / "rows.jsonl", "--judge", world / "judge", "--retriever", world / "judge"]
+    names += ["--dev", world / "set", "--dev-split", "test", "--test", world / "set"]
+    flags = "--steps 4 --batch 5 --eval-every 2 --lr 1e-3 --lora-rank 4 --num-heads 4".split()
+    flags += ["--retriever-batch", 4, "--judge-batch", 2, "--device", "cpu", "--max-target", 8]
+    printed = {}
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        printed[processes] = launch(processes, "dream.py", "train", *names, *flags, "--out", out).stdout
+    first, second = (load_file(tmp_path / n / "step-000004" / "adapter_model.safetensors") for n in "12")
+    start = {name: abs(tensor).max() for name, tensor in first.items() if "lora_B" in name}
+    assert min(start.values()) > 1e-4  # something was learnt
+    for name, tensor in first.items():
+        assert abs(tensor - second[name]).max() < 1e-5, name
+    for one, two in zip(metrics(tmp_path / "1"), metrics(tmp_path / "2"), strict=True):
+        assert one.keys() == two.keys()
+        for key, value in one.items():
+            if key == "tokens":  # a document of rows in both is read by both
+                assert two[key] >= value
+            else:
+                assert two[key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
+    assert printed[2].count("checkpoint: ") == 1 and printed[2].count("NDCG@10") == printed[1].count(
+        "NDCG@10"
+    )
+    resumed = launch(2, "dream.py", "train", "--resume", tmp_path / "2")  # nothing left to do
+    assert "checkpoint: " in resumed.stdout
+
+
+def test_two_processes_evaluate_as_one(world, tmp_path):
+    """Each encodes and searches its share; hits and scores equal one process's; a store serves both."""
+    results = {}
+    for processes in (1, 2):
+        files = ["--trec", tmp_path / f"{processes}.trec", "--json", tmp_path / f"{processes}.json"]
+        arguments = ["--dataset", world / "set", "--model", world / "judge", "--device", "cpu", *files]
+        store = ["--embeddings", tmp_path / "kept"] if processes == 2 else []
+        launch(processes, "eval.py", *arguments, *store)
+        results[processes] = json.loads((tmp_path / f"{processes}.json").read_text())["results"]
+        if store:
+            assert len(list((tmp_path / "kept").rglob("*.safetensors"))) == 2  # a block each
+    assert results[1][0]["metrics"] == pytest.approx(results[2][0]["metrics"], abs=1e-3)
+    runs = [
+        {tuple(line.split()[::2][:2]): float(line.split()[4]) for line in (tmp_path / f"{n}.trec").open()}
+        for n in (1, 2)
+    ]
+    assert len(runs[0]) == 12 * 101
+    assert runs[0].keys() == runs[1].keys()
+    assert max(abs(runs[0][key] - runs[1][key]) for key in runs[0]) < 1e-5
+
+
+def test_commands_that_are_not_for_several_processes_say_so(world):
+    environment = {**os.environ, "WORLD_SIZE": "2", "RANK": "0"}
+    command = [sys.executable, str(ROOT / "dream.py"), "heads"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    assert done.returncode == 2 and done.stderr.endswith("heads runs in one process, without torchrun\n")
