@@ -342,15 +342,16 @@ class JsonLines:
             raise InputError(f"{self.where(index)}: expected a JSON object, found {type(value).__name__}")
         return value
 
-    def text(self, index: int, value: dict, key: str, default: str | None = None) -> str:
+    def text(self, index: int, value: dict, key: str, default: str | None = None, strip: bool = True) -> str:
         """The string at `key` of object `index`; an empty one counts as missing."""
         text = value.get(key)
         if text is not None and not isinstance(text, str):
             raise InputError(f"{self.where(index)}: {key!r} is {type(text).__name__}, expected a string")
-        text = (text or "").strip() or default
+        if not text or not text.strip():
+            text = default
         if text is None:
             raise InputError(f"{self.where(index)}: {key!r} is missing or empty")
-        return text
+        return text.strip() if strip else text
 
 
 @dataclass(frozen=True)
@@ -823,11 +824,10 @@ class Corpus:
         return len(self._lines)
 
     def __getitem__(self, index: int) -> tuple[str, Document]:
-        value = self._lines[index]
-        title = self._lines.text(index, value, "title", default="")
-        return _identifier(self._lines, index, value), Document(
-            title, self._lines.text(index, value, "text", "")
-        )
+        """Its id, and its title and text as they stand there: BEIR strips them only when they are joined."""
+        lines, value = self._lines, self._lines[index]
+        title, text = (lines.text(index, value, key, default="", strip=False) for key in ("title", "text"))
+        return _identifier(lines, index, value), Document(title, text)
 
     def __iter__(self) -> Iterator[tuple[str, Document]]:
         return (self[index] for index in range(len(self)))
@@ -882,7 +882,7 @@ def load_dataset(
             continue
         if query_id in queries:
             raise InputError(f"{lines.where(index)}: _id {query_id!r} occurs twice")
-        queries[query_id] = lines.text(index, value, "text")
+        queries[query_id] = lines.text(index, value, "text", strip=False)
         metadata = value.get("metadata")
         if isinstance(metadata, dict) and isinstance(metadata.get("entity"), str):
             groups.setdefault(metadata["entity"], set()).add(query_id)

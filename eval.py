@@ -731,7 +731,7 @@ def _mean(metrics: list[dict[str, float]]) -> dict[str, float]:
 
 def write_mteb(folder: Path, model: str, revision: str, results: list[tuple[RetrievalDataset, dict]]) -> None:
     """Result files as mteb writes and reads them: FOLDER/results/MODEL/REVISION/TASK.json."""
-    folder = folder / "results" / re.sub(r"[^\w.-]", "_", model.replace("/", "__")) / revision
+    folder = folder / "results" / model.replace("/", "__").replace(" ", "_") / revision
     tasks: dict[str, list[tuple[RetrievalDataset, dict]]] = {}
     for dataset, result in results:
         tasks.setdefault(dataset.task, []).append((dataset, result))
@@ -748,8 +748,7 @@ def write_mteb(folder: Path, model: str, revision: str, results: list[tuple[Retr
             "scores": scores,
             "evaluation_time": sum(result["seconds"] for _, result in parts),
         }
-        name = re.sub(r"[^\w.-]", "_", task)
-        write_atomic(folder / f"{name}.json", json.dumps(content, indent=2) + "\n")
+        write_atomic(folder / f"{task}.json", json.dumps(content, indent=2) + "\n")
     write_atomic(folder / "model_meta.json", json.dumps({"name": model, "revision": revision}) + "\n")
 
 
@@ -792,6 +791,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--document-prompt", help="text put before every document (default: the checkpoint's)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
     add("--dtype", default="auto", help="compute dtype: auto, float32, bfloat16, float16 (default: auto)")
+    add("--compile", action="store_true", help="torch.compile the model: pays for large corpora on a GPU")
     add("--batch-tokens", type=int, default=BATCH_TOKENS, help="padded tokens a batch (default: %(default)s)")
     add("--k", type=int, default=1000, help="hits kept for each query, at least 100 (default: %(default)s)")
     add("--trec", metavar="FILE", help="write a TREC run; {dataset} in FILE stands for the dataset's name")
@@ -832,11 +832,13 @@ def run_evaluation(args: argparse.Namespace) -> list[dict]:
         dtype, reason = pick_dtype(args.dtype, device)
         folder = find_folder(resolve_run(args.model))
         embedder = load_embedder(folder, device, dtype, args.max_length)
+        if args.compile:
+            embedder.decoder.compile(dynamic=True)
         for kind, prompt in (("query", args.query_prompt), ("document", args.document_prompt)):
             if prompt is not None:
                 embedder.prompts[kind] = prompt
         settings |= {"checkpoint": str(folder), "device": str(device), "processes": processes}
-        settings |= {"batch_tokens": args.batch_tokens}
+        settings |= {"batch_tokens": args.batch_tokens, "compiled": args.compile}
         if args.embeddings:
             settings["embeddings_dtype"] = args.embeddings_dtype
         settings |= {**embedder.describe(), "dtype_reason": reason}
