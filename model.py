@@ -242,18 +242,24 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:
+    def keys_and_values(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        """Of these rows, (B, Hkv, T, D) each; also left in the context's store, if it has one."""
         batch, rows, _ = x.shape
-        q = self.q_proj(x).view(batch, rows, -1, self.head_dim)  # (B, T, Hq, D)
         k = self.k_proj(x).view(batch, rows, -1, self.head_dim)  # (B, T, Hkv, D)
         v = self.v_proj(x).view(batch, rows, -1, self.head_dim).transpose(1, 2)  # (B, Hkv, T, D)
-        if hasattr(self, "q_norm"):
-            q, k = self.q_norm(q), self.k_norm(k)
-        q = apply_rope(q.transpose(1, 2), context.cos, context.sin)  # (B, Hq, T, D)
+        k = self.k_norm(k) if hasattr(self, "k_norm") else k
         k = apply_rope(k.transpose(1, 2), context.cos, context.sin)  # (B, Hkv, T, D)
         if context.store is not None:
             context.store.keys.append(k)
             context.store.values.append(v)
+        return k, v
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        batch, rows, _ = x.shape
+        k, v = self.keys_and_values(x, context)
+        q = self.q_proj(x).view(batch, rows, -1, self.head_dim)  # (B, T, Hq, D)
+        q = self.q_norm(q) if hasattr(self, "q_norm") else q
+        q = apply_rope(q.transpose(1, 2), context.cos, context.sin)  # (B, Hq, T, D)
         if context.prefix is not None:
             k = torch.cat((context.prefix.keys[self.layer], k), dim=2)  # (B, Hkv, P + T, D)
             v = torch.cat((context.prefix.values[self.layer], v), dim=2)
@@ -305,11 +311,12 @@ class Decoder(nn.Module):
         store: Cache | None = None,
         injection: Injection | None = None,
         probe: Probe | None = None,
-    ) -> Tensor:
+    ) -> Tensor | None:
         """Hidden states (B, T, C) after the final norm, of right-padded rows of token ids (B, T).
 
         prefix: keys and values that come before these rows; positions go on from each prefix's own length.
-        store: an empty Cache that takes these rows' keys and values. probe: needs a prefix.
+        store: an empty Cache that takes these rows' keys and values: that is all that is then computed, and
+        nothing is returned. probe: needs a prefix.
         """
         batch, rows = input_ids.shape
         device = input_ids.device
@@ -333,6 +340,9 @@ class Decoder(nn.Module):
         )
         again = self.activation_checkpointing and torch.is_grad_enabled()
         for layer in self.layers:
+            if store is not None and layer is self.layers[-1]:
+                layer.self_attn.keys_and_values(layer.input_layernorm(x), context)
+                return None
             x = checkpoint(layer, x, context, use_reentrant=False) if again else layer(x, context)
         return self.norm(x)
 

@@ -112,11 +112,7 @@ def evaluate_ours(dataset, embeddings, *tiles):
 
 
 def test_beirs_reader_reads_the_same(real):
-    """Ids, their order, queries and judgements; texts but for the space where title and text join.
-
-    A title's trailing space is stripped here and not in BEIR: 15 of SciFact's documents join with one or five
-    spaces fewer.
-    """
+    """Ids, their order, texts to the last space, queries and judgements."""
     dataset, (corpus, queries, qrels) = real
     ours = dict(dataset.corpus())
     assert list(ours) == list(corpus) and list(dataset.queries) == list(queries)
