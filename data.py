@@ -202,7 +202,8 @@ def download(url: str, path: Path, md5: str | None = None, patience: int = 5) ->
         if digest.hexdigest() != md5:
             part.unlink()
             raise InputError(
-                f"{url}: its md5 is {digest.hexdigest()}, published is {md5}; deleted. Run again, or give a file by its path"
+                f"{url}: its md5 is {digest.hexdigest()}, published is {md5}; deleted. Run again, or "
+                "fetch it by hand and give its path"
             )
     os.replace(part, path)
 
