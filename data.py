@@ -248,6 +248,16 @@ def safe_members(archive: Path, zipped: zipfile.ZipFile) -> list[zipfile.ZipInfo
     return members
 
 
+def sync(folder: Path) -> None:
+    """Have the disk hold a folder's files before anything points at them."""
+    for path in [*folder.rglob("*"), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
 def _open_seekable(path: Path, member: str | None = None) -> BinaryIO:
     """A file, opened seekable; a compressed one, a table or a zip's member goes to a temporary file first."""
     try:
@@ -312,12 +322,14 @@ class JsonLines:
             joined.seek(0)
             self._file = joined
         self._offsets, self._lines = array("q"), array("q")
-        offset = 0
+        offset, digest = 0, hashlib.blake2b(digest_size=16)
         for number, line in enumerate(self._file, 1):
+            digest.update(line)
             if line.strip():
                 self._offsets.append(offset)
                 self._lines.append(number)
             offset += len(line)
+        self.fingerprint = digest.hexdigest()
 
     def keep(self, indices: Iterable[int]) -> None:
         """Forget all objects but these."""
@@ -387,6 +399,7 @@ class Rows:
     def __init__(self, path: str | Path, num_candidates: int | None = None):
         self.path, self.num_candidates = Path(path), num_candidates
         self._lines = JsonLines(self.path)
+        self.fingerprint = self._lines.fingerprint
         rows = (self._parse(i) for i in range(len(self._lines)))
         self._kept = array("q", (row.index for row in rows if len(row.documents) > 1))
         self.skipped = len(self._lines) - len(self._kept)

@@ -31,15 +31,20 @@ import math
 import os
 import random
 import shutil
+import signal
 import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -59,6 +64,7 @@ from data import (
     read_json,
     read_template,
     shuffled,
+    sync,
     to_device,
     token_batches,
     write_atomic,
@@ -70,6 +76,7 @@ from eval import (
     evaluate_embedder,
     evaluate_hits,
     expand_names,
+    memory_advice,
     one_ahead,
     resolve_datasets,
 )
@@ -218,7 +225,8 @@ def training_step(
         return torch.cat([retriever.embed([ids[i] for i in group]) for group in groups])
 
     # 1. Score. The embeddings become leaves; a single chunk keeps its graph and is not computed twice.
-    with torch.set_grad_enabled(len(chunks) == 1):
+    retriever_memory = partial(memory_advice, "--retriever-batch", args.retriever_batch)
+    with retriever_memory(), torch.set_grad_enabled(len(chunks) == 1):
         parts = [embed(number) for number in range(len(chunks))]
     position = torch.empty(len(token_ids), dtype=torch.int64)
     position[torch.tensor(by_length)] = torch.arange(len(token_ids))  # text -> its row among the embeddings
@@ -240,8 +248,9 @@ def training_step(
         d = embeddings[to_device(position[torch.tensor(documents)], device)]  # (B, N, C)
         scores = torch.einsum("bc,bnc->bn", q, d)
         log_weights = log_softmax_scores(scores, batch.present, args.temperature)
-        loss = objective(batch, log_weights).sum()
-        (loss / num_rows).backward()
+        with memory_advice("--judge-batch", args.judge_batch):
+            loss = objective(batch, log_weights).sum()
+            (loss / num_rows).backward()
         with torch.no_grad():
             stats["loss"] += loss
             entropy = -(log_weights.exp() * log_weights.masked_fill(~batch.present, 0.0)).sum(-1)  # (B,)
@@ -257,7 +266,8 @@ def training_step(
     start = 0
     for number, part in enumerate(parts):
         gradient = embeddings.grad[start : start + len(part)]
-        (part if len(chunks) == 1 else embed(number)).backward(gradient)
+        with retriever_memory():
+            (part if len(chunks) == 1 else embed(number)).backward(gradient)
         start += len(part)
     stats["document_tokens_cut"] += sum(prompt.tokens_cut for prompt in prepared.prompts)
     stats["tokens"] += sum(map(len, token_ids))
@@ -542,6 +552,9 @@ def print_report(labels: dict | None, num_rows: int, heads: Heads, total: int, r
 # Training
 
 
+RUN_FILES = ("checkpoints.json", "settings.json", "heads.json", "metrics.jsonl", "results.json")
+
+
 def learning_rate(step: int, args: argparse.Namespace) -> float:
     """Linear warm-up, then a cosine down to a tenth; step counts from 0."""
     warmup = max(1, round(args.warmup * args.steps))
@@ -596,7 +609,7 @@ def save_checkpoint(
     args: argparse.Namespace,
     best: dict,
 ) -> None:
-    """Write OUT/step-N whole or not at all and point checkpoints.json at it; keep the last and the best."""
+    """Write OUT/step-N whole or not at all and point checkpoints.json at it; keep the last ones and the best."""
     folder = out / f"step-{step:06d}"
     temporary = out / f".{folder.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -609,12 +622,13 @@ def save_checkpoint(
     }
     save_file(state, temporary / "optimizer.safetensors")
     write_atomic(temporary / "trainer.json", json.dumps({"step": step, "best": best}, indent=1) + "\n")
+    sync(temporary)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
     names = {"last": folder.name, "best": f"step-{best['step']:06d}" if best else None}
     write_atomic(out / "checkpoints.json", json.dumps(names, indent=1) + "\n")
-    for other in out.glob("step-*"):
-        if other.name not in names.values():
+    for other in sorted(out.glob("step-*"))[: -args.keep]:
+        if other.name != names["best"]:
             shutil.rmtree(other)
 
 
@@ -639,8 +653,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, retriever: Embedder, folder
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def train(args: argparse.Namespace) -> None:
-    """Train, then score what was saved; by then the training's own models are gone from memory."""
+def train(args: argparse.Namespace) -> int:
+    """Train, then score what was saved; by then the training's own models are gone from memory.
+
+    Returns the exit status: 0, or 128 + the signal that stopped the run.
+    """
     rank, processes = join_processes()
     if args.batch < processes:
         raise InputError(f"--batch {args.batch}: {processes} processes need at least one query each")
@@ -648,30 +665,81 @@ def train(args: argparse.Namespace) -> None:
     dtype, reason = pick_dtype(args.dtype, device)
     print_settings(args, device, dtype, reason)
     tests = [d for name in expand_names(args.test) for d in resolve_datasets(name)]
-    fit(args, tests, device, dtype)
-    if processes > 1:
-        torch.distributed.barrier()  # until the first process has saved
-    finish(Path(args.out), tests, device, dtype)
+    with run_lock(Path(args.out)) if rank == 0 else nullcontext():
+        if stopped := fit(args, tests, device, dtype):
+            print(f"stopped by {stopped.name}; go on with: python dream.py train --resume {args.out}")
+            return 128 + stopped
+        if processes > 1:
+            torch.distributed.barrier()  # until the first process has saved
+        finish(Path(args.out), tests, device, dtype)
+    return 0
+
+
+@contextmanager
+def run_lock(out: Path) -> Iterator[None]:
+    """Keep other processes from writing to a run; the lock is gone when this process is, however it ends."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(out / ".lock", timeout=0)
+        with lock:
+            yield
+    except Timeout as error:
+        raise InputError(f"{out}: another process is writing to this run") from error
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{out}: cannot be written ({error}); what was saved before is whole") from error
+
+
+class Interrupt:
+    """SIGINT and SIGTERM ask a run to finish its step and save; a second SIGINT ends it at once."""
+
+    def __init__(self):
+        self.signal: signal.Signals | None = None
+
+    def __enter__(self) -> "Interrupt":
+        self._before = {n: signal.signal(n, self._ask) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame) -> None:
+        if self.signal and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = signal.Signals(number)
+        print(f"\n{self.signal.name}: finishing this step, then saving", file=sys.stderr, flush=True)
+
+    def agreed(self) -> signal.Signals | None:
+        """The signal that any process got: all must stop after the same step."""
+        if not torch.distributed.is_initialized():
+            return self.signal
+        number = torch.tensor(self.signal or 0)
+        torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
+        return signal.Signals(int(number)) if number else None
 
 
 def fit(
     args: argparse.Namespace, tests: list[RetrievalDataset], device: torch.device, dtype: torch.dtype
-) -> None:
+) -> signal.Signals | None:
     """The training loop: score, inject, predict, backward, step; now and then evaluate and save.
 
     Of several processes (torchrun), each takes every so-manieth row of a step and the gradients are added up:
-    the same as one process with the whole batch. The first alone chooses heads, writes and prints.
+    the same as one process with the whole batch. The first alone chooses heads, writes and prints. Returns
+    the signal that ended the run early, if one did.
     """
     out = Path(args.out)
     rank, processes = join_processes()
     resume = None
-    if args.resume:
+    if args.resume and (out / "checkpoints.json").exists():  # killed before its first, a run begins anew
         resume = out / read_json(out / "checkpoints.json")["last"]
-    elif (out / "checkpoints.json").exists():
+    elif not args.resume and (out / "checkpoints.json").exists():
         if not args.overwrite:
             raise InputError(f"{out}: holds a run already; --resume {out} goes on, --overwrite starts anew")
 
     rows = Rows(args.train, args.candidates)
+    begun_with = vars(args).get("rows_fingerprint", rows.fingerprint)
+    if args.resume and not args.change_settings and rows.fingerprint != begun_with:
+        raise InputError(f"{args.train}: has changed since the run began; --change-settings goes on with it")
     order = shuffled(len(rows), args.seed)
     aside = min(args.head_examples, len(rows) // 10)  # rows that choose the heads are never trained on
     held_out, usable = [rows[i] for i in order[:aside]], sorted(order[aside:])
@@ -694,10 +762,11 @@ def fit(
         heads = []
         if rank == 0:
             heads, saved = select_heads(judge, builder, held_out, args, device)
-            if args.overwrite and out.exists():  # only now that all input was read, --heads may lie in there
-                shutil.rmtree(out)
-            settings = {**vars(args), "rows": len(rows)}
-            write_atomic(out / "settings.json", json.dumps(settings, indent=1) + "\n")
+            if args.overwrite:  # only now that all input was read: --heads may lie in there
+                for name in RUN_FILES:
+                    (out / name).unlink(missing_ok=True)
+                for old in out.glob("step-*/trainer.json"):
+                    shutil.rmtree(old.parent)
             write_atomic(out / "heads.json", json.dumps(saved) + "\n")
         heads = share_heads(heads, judge.config, device)
         results = {"bm25": [], "before": [], "after": []}
@@ -708,6 +777,11 @@ def fit(
                 results["bm25"].append(evaluate_hits(dataset, hits, 100)[0])
         if rank == 0:
             write_atomic(out / "results.json", json.dumps(results, indent=1) + "\n")
+    if rank == 0:
+        settings = {**vars(args), "rows": len(rows), "rows_fingerprint": rows.fingerprint, "resume": None}
+        settings |= {"change_settings": False, "overwrite": False}
+        write_atomic(out / "settings.json", json.dumps(settings, indent=1) + "\n")
+        check_space(out, retriever, args)
     tensors = head_tensors(heads, device)
 
     def objective(batch: JudgeBatch, log_weights: Tensor) -> Tensor:
@@ -719,7 +793,10 @@ def fit(
         for parameter in parameters:
             torch.distributed.broadcast(parameter.data, src=0)
     optimizer = torch.optim.AdamW(
-        parameters, lr=args.lr, weight_decay=args.weight_decay, fused=device.type == "cuda"
+        parameters,
+        lr=args.lr,
+        weight_decay=args.weight_decay,
+        fused=True,  # the kind that can leave out a step without asking the device
     )
     first_step, best = 0, {}
     if resume:
@@ -734,38 +811,55 @@ def fit(
             own = step_rows(step, rows, usable, args)[rank::processes]
             yield prepare_rows(retriever, builder, own, (args.seed, step))
 
-    for step, batch in enumerate(one_ahead(prepared()), first_step):
-        started = time.perf_counter()
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args)
-        retriever.train()
-        stats = training_step(retriever, objective, batch, args, (args.seed, step, rank), args.batch)
-        if processes > 1:
-            stats = add_up(stats, parameters)
-        stats = per_row(stats, args.batch)
-        stats["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, args.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        stats["lr"] = learning_rate(step, args)
-        log.add(step + 1, stats, time.perf_counter() - started)
-        bar.update()
-        due = (step + 1) % args.eval_every == 0 or step + 1 == args.steps
-        if step == first_step or (step + 1) % 10 == 0 or due:
-            bar.set_postfix(log.flush())
-        if step == 0:
-            warn_about_temperature(log.last, max(len(row.documents) for row in batch.rows), args)
-        if due:
-            if dev is not None:
+    with Interrupt() as interrupt:
+        for step, batch in enumerate(one_ahead(prepared()), first_step):
+            started = time.perf_counter()
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, args)
+            retriever.train()
+            stats = training_step(retriever, objective, batch, args, (args.seed, step, rank), args.batch)
+            if processes > 1:
+                stats = add_up(stats, parameters)
+            stats = per_row(stats, args.batch)
+            stats["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, args.clip)
+            stats["skipped"] = ~(stats["grad_norm"].isfinite() & stats["loss"].isfinite())
+            optimizer.found_inf = stats["skipped"].float()  # where it is 1, AdamW changes nothing
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            stats["lr"] = learning_rate(step, args)
+            log.add(step + 1, stats, time.perf_counter() - started, [row.index for row in batch.rows])
+            bar.update()
+            stopped, done = interrupt.agreed(), step + 1 == args.steps
+            due = (step + 1) % args.eval_every == 0 or done
+            if step == first_step or (step + 1) % 10 == 0 or due or stopped:
+                bar.set_postfix(log.flush())
+            if step == 0:
+                warn_about_temperature(log.last, max(len(row.documents) for row in batch.rows), args)
+            if due and dev is not None:
                 score = evaluate_embedder(retriever, dev)["metrics"]["ndcg@10"]
                 log.write({"step": step + 1, "dev": {"ndcg@10": score}})
                 if rank == 0:
                     bar.write(f"step {step + 1}: dev NDCG@10 {score:.4f}")
                 if not best or score > best["ndcg@10"]:
                     best = {"step": step + 1, "ndcg@10": score}
-            if rank == 0:
+            if rank == 0 and (due or stopped):
+                log.sync()
                 save_checkpoint(out, step + 1, retriever, optimizer, args, best)
+            if stopped and not done:
+                break
     bar.close()
     log.close()
+    return stopped if args.steps > first_step and not done else None
+
+
+def check_space(out: Path, retriever: Embedder, args: argparse.Namespace) -> None:
+    """Tell now, not after hours, that the checkpoints will not fit on the disk. Raises InputError."""
+    weights = sum(parameter.numel() for parameter in trainable(retriever).values())
+    need = (
+        12 * weights * (args.keep + 2)
+    )  # weights and two moments in float32; the best, and one being written
+    if need > (free := shutil.disk_usage(out).free):
+        raise InputError(f"{out}: checkpoints need {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
 
 
 def share_heads(heads: Heads, config: Config, device: torch.device) -> Heads:
@@ -783,45 +877,50 @@ def share_heads(heads: Heads, config: Config, device: torch.device) -> Heads:
 class Log:
     """metrics.jsonl, one object a step. Figures stay on the device until `flush`: no step waits for them."""
 
+    PATIENCE = 10  # steps in a row whose loss or gradient is not finite; then the run ends
+
     def __init__(self, path: Path | None, first_step: int):
         self.pending: list[dict] = []
         self.last: dict = {}
+        self.skipped = 0  # in a row
         self.file = None  # all but the first process write nothing
-        if path is None:
-            return
-        kept = []
-        if first_step:  # lines after the checkpoint belong to steps that will be done again
-            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= first_step]
-        write_atomic(path, "".join(line + "\n" for line in kept))
-        self.file = open(path, "a", encoding="utf-8")
+        if path is not None:
+            kept = []
+            if first_step:  # lines after the checkpoint belong to steps that will be done again
+                for line in path.read_text().splitlines():
+                    if not line.endswith("}") or json.loads(line)["step"] > first_step:
+                        break  # half a line is from a process that was killed
+                    kept.append(line)
+            write_atomic(path, "".join(line + "\n" for line in kept))
+            self.file = open(path, "a", encoding="utf-8")
 
-    def add(self, step: int, stats: dict, seconds: float) -> None:
-        self.pending.append({"step": step, **stats, "time": {"seconds": seconds}})
+    def add(self, step: int, stats: dict, seconds: float, rows: list[int]) -> None:
+        self.pending.append({"step": step, **stats, "rows": rows, "time": {"seconds": seconds}})
 
     def flush(self) -> dict[str, str]:
-        """Read and write what is pending; returns what the progress bar shows."""
-        shown = {}
-        seconds = sum(record["time"]["seconds"] for record in self.pending)
-        tokens = 0
+        """Read and write what is pending; returns what the progress bar shows. Raises InputError."""
+        shown, tokens = {}, 0
         for record in self.pending:
             values = {k: v.item() if isinstance(v, Tensor) else v for k, v in record.items()}
-            if math.isnan(values["positive_weight"]):
-                del values["positive_weight"]  # no row tells its relevant document
-            self.last = {
-                k: int(v) if k in ("tokens", "document_tokens_cut") else v for k, v in values.items()
-            }
-            if not math.isfinite(self.last["loss"]):
+            self.skipped = self.skipped + 1 if values["skipped"] else 0
+            if self.skipped:
+                print(f"step {values['step']} is skipped: its loss or gradient is not finite", flush=True)
+            else:
+                del values["skipped"], values["rows"]
+            numbers = {k: v for k, v in values.items() if not isinstance(v, float) or math.isfinite(v)}
+            whole = {k: int(numbers[k]) for k in ("tokens", "document_tokens_cut")}
+            self.write(numbers | whole)
+            tokens += whole["tokens"]
+            self.last = numbers if "loss" in numbers else self.last
+            if self.skipped == self.PATIENCE:
                 raise InputError(
-                    f"step {record['step']}: the loss is {self.last['loss']}; lower --lr, or use float32"
+                    f"{self.PATIENCE} steps in a row, up to {values['step']}, had a loss or gradient that is "
+                    "not finite (their rows are in metrics.jsonl); lower --lr, or use --dtype float32"
                 )
-            self.write(self.last)
-            tokens += self.last["tokens"]
-        if self.pending:
-            shown = {
-                "loss": f"{self.last['loss']:.3f}",
-                "candidates": f"{self.last['effective_candidates']:.2f}",
-            }
-            shown["tokens/s"] = f"{tokens / seconds:,.0f}"
+        if self.pending and self.last:
+            seconds = sum(record["time"]["seconds"] for record in self.pending)
+            shown = {"loss": f"{self.last['loss']:.3f}", "tokens/s": f"{tokens / seconds:,.0f}"}
+            shown["candidates"] = f"{self.last['effective_candidates']:.2f}"
         self.pending = []
         return shown
 
@@ -830,13 +929,18 @@ class Log:
             self.file.write(json.dumps(record) + "\n")
             self.file.flush()
 
+    def sync(self) -> None:
+        """To the disk, before a checkpoint that says these steps are done."""
+        if self.file:
+            os.fsync(self.file.fileno())
+
     def close(self) -> None:
         if self.file:
             self.file.close()
 
 
 def warn_about_temperature(stats: dict, candidates: int, args: argparse.Namespace) -> None:
-    effective = stats["effective_candidates"]
+    effective = stats.get("effective_candidates", math.nan)
     if effective < 1.5:
         print(
             f"warning: of {candidates} candidates {effective:.2f} have weight; raise --temperature "
@@ -1073,6 +1177,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     flag("t", "out", None, "DIR", "the run's folder")
     flag("h", "out", "heads.json", "FILE", "where the heads are written")
     flag("t", "resume", None, "DIR", "go on with this run, by its own settings")
+    flag("t", "change_settings", False, bool, "let flags beside --resume change the run's settings")
+    flag("t", "keep", 1, int, "checkpoints kept, beside the best")
     flag("t", "overwrite", False, bool, "start anew where --out holds a run")
     flag(
         "th",
@@ -1134,9 +1240,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     command = given.pop("command")
     settings = defaults[command]
     if given.get("resume"):
-        if extra := sorted(set(given) - {"resume", "device"}):
-            parser.error(f"--resume takes the run's own settings; leave out --{extra[0].replace('_', '-')}")
         settings |= {**read_json(Path(given["resume"]) / "settings.json"), "out": given["resume"]}
+        free = ("resume", "device", "change_settings")
+        changed = {k: v for k, v in given.items() if k not in free and v != settings.get(k)}
+        if changed and not given.get("change_settings"):
+            told = ", ".join(
+                f"--{k.replace('_', '-')} {v} (was {settings.get(k)})" for k, v in changed.items()
+            )
+            raise InputError(f"{given['resume']}: differs from its settings: {told}; add --change-settings")
     elif command in ("train", "heads") and "train" not in given:
         settings |= {
             k: v for k, v in DEMO_DEFAULTS.items() if k in settings and (k, command) != ("out", "heads")
@@ -1158,13 +1269,15 @@ def main(argv: list[str] | None = None) -> int:
         args = parse_arguments(argv)
         if args.command != "train" and os.environ.get("WORLD_SIZE", "1") != "1":
             raise InputError(f"{args.command} runs in one process, without torchrun")
-        {"train": train, "heads": heads, "mine": mine}[args.command](args)
+        return {"train": train, "heads": heads, "mine": mine}[args.command](args) or 0
+    except KeyboardInterrupt:
+        print("dream.py: interrupted", file=sys.stderr)
+        return 130
     except InputError as error:
         print(f"dream.py: error: {error}", file=sys.stderr)
         return 2
     finally:
         leave_processes()
-    return 0
 
 
 if __name__ == "__main__":

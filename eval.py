@@ -151,6 +151,16 @@ def tokenize(embedder: Embedder, texts: Iterable[str], kind: str) -> Tokenized:
     return Tokenized([np.array(ids, np.int32) for ids in embedder.tokenize(list(numbers), kind)], rows)
 
 
+@contextmanager
+def memory_advice(flag: str, value: int) -> Iterator[None]:
+    """Out of the device's memory: tell which flag to lower, and its value now."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        told = str(error).splitlines()[0][:200]
+        raise InputError(f"out of memory: lower {flag}, which is {value} now ({told})") from error
+
+
 @torch.no_grad()
 def embed_all(
     embedder: Embedder, tokenized: Tokenized, batch_tokens: int = BATCH_TOKENS, bar: tqdm | None = None
@@ -166,7 +176,8 @@ def embed_all(
     embedder.eval()  # no dropout, also when asked in the middle of a training
     for batch in token_batches(lengths, batch_tokens):
         rows = to_device(torch.tensor(batch), embedder.device)
-        embeddings[rows] = embedder.embed([tokenized.token_ids[i] for i in batch])  # (B, C)
+        with memory_advice("--batch-tokens", batch_tokens):
+            embeddings[rows] = embedder.embed([tokenized.token_ids[i] for i in batch])  # (B, C)
         if bar is not None:
             bar.update(sum(lengths[i] for i in batch))
     embedder.train(training)

@@ -1,0 +1,276 @@
+"""Nothing is lost: killed, stopped, out of memory, out of space, NaN, two writers, changed settings."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+from tiny import make_rows, tiny_checkpoint
+
+import dream
+import eval as yardstick
+from data import InputError
+
+FLAGS = "--steps 12 --batch 4 --eval-every 3 --lr 1e-2 --num-heads 2 --lora-dropout 0.1 --device cpu".split()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A judge, rows, and a run of 12 steps that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("interruptions")
+    checkpoint = tiny_checkpoint(folder / "checkpoint")
+    rows = [
+        {"query": r.query, "target": r.target, "documents": [vars(d) for d in r.documents], "positive": 0}
+        for r in make_rows([3, 2, 4] * 8)
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    names = ["--train", folder / "rows.jsonl", "--judge", checkpoint, "--retriever", checkpoint]
+    command = ["train", *map(str, names), *FLAGS]
+    assert dream.main([*command, "--out", str(folder / "whole")]) == 0
+    return folder, command
+
+
+def start(*arguments):
+    command = [sys.executable, str(ROOT / "dream.py"), *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT
+    )
+
+
+def content(run):
+    """Everything that must be the same: weights, optimizer, state, and the metrics but for their times."""
+    names = ("adapter_model.safetensors", "optimizer.safetensors", "trainer.json")
+    found = {name: (run / "step-000012" / name).read_bytes() for name in names}
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return found | {"metrics": [{k: v for k, v in line.items() if k != "time"} for line in lines]}
+
+
+def steps_done(run):
+    try:
+        return (run / "metrics.jsonl").read_text().count('"loss"')
+    except OSError:
+        return 0
+
+
+def wait_for_step(process, run, step):
+    while steps_done(run) < step and process.poll() is None:
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(world, tmp_path, number):
+    folder, command = world
+    run = tmp_path / "run"
+    process = start(*command, "--steps", 2000, "--eval-every", 1000, "--out", run)
+    wait_for_step(process, run, 1)
+    process.send_signal(number)
+    printed, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and "Traceback" not in errors
+    assert f"{number.name}: finishing this step" in errors
+    assert printed.endswith(f"go on with: python dream.py train --resume {run}\n")
+    last = json.loads((run / "checkpoints.json").read_text())["last"]
+    assert (run / last / "optimizer.safetensors").exists()
+    assert json.loads((run / last / "trainer.json").read_text())["step"] == steps_done(run)
+
+
+def test_stopped_anywhere_and_resumed_is_the_same_run(world, tmp_path, monkeypatch):
+    """Also where no evaluation was due: the checkpoint of the signal's step is as good as any."""
+    folder, command = world
+    run = tmp_path / "run"
+    step = dream.training_step
+    count = [0]
+
+    def signalled(*arguments):
+        count[0] += 1
+        if count[0] in (4, 6):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*arguments)
+
+    monkeypatch.setattr(dream, "training_step", signalled)
+    assert dream.main([*command, "--out", str(run)]) == 143
+    assert json.loads((run / "checkpoints.json").read_text())["last"] == "step-000004"
+    assert dream.main(["train", "--resume", str(run)]) == 143
+    assert dream.main(["train", "--resume", str(run)]) == 0
+    assert content(run) == content(folder / "whole")
+    assert dream.main(["train", "--resume", str(run)]) == 0  # nothing is left to do
+
+
+def kill_and_resume(world, run, seed):
+    """SIGKILL at random moments of the start or the training, then resume to the end; returns the kills."""
+    folder, command = world
+    generator, kills = random.Random(seed), 0
+    process = start(*command, "--out", run)
+    for _ in range(2):
+        wait_for_step(process, run, generator.randint(0, 11))
+        time.sleep(generator.random() * 0.3)
+        kills += process.poll() is None
+        process.kill()
+        process.communicate()
+        known = (run / "settings.json").exists()
+        process = start(*(["train", "--resume", run] if known else [*command, "--out", run]))
+    printed, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors[-2000:]
+    assert content(run) == content(folder / "whole")
+    assert not list(run.glob(".*.tmp")) and len(list(run.glob("step-*"))) == 1
+    return kills
+
+
+def test_killed_and_resumed_is_the_same_run(world, tmp_path):
+    kill_and_resume(world, tmp_path / "run", 0)
+
+
+@pytest.mark.slow
+def test_killed_twenty_times_is_the_same_run(world, tmp_path):
+    assert sum(kill_and_resume(world, tmp_path / str(seed), seed) for seed in range(1, 13)) >= 20
+
+
+def test_a_second_writer_is_refused(world, tmp_path, capsys):
+    folder, command = world
+    with dream.run_lock(tmp_path / "run"):
+        assert dream.main([*command, "--out", str(tmp_path / "run")]) == 2
+    assert capsys.readouterr().err.endswith("another process is writing to this run\n")
+
+
+def test_changed_settings_are_listed_and_refused_unless_told(world, tmp_path, capsys):
+    folder, command = world
+    run = tmp_path / "run"
+    assert dream.main([*command, "--steps", "3", "--out", str(run)]) == 0
+    assert dream.main(["train", "--resume", str(run), "--steps", "6", "--lr", "1e-2"]) == 2
+    error = capsys.readouterr().err
+    assert "differs from its settings: --steps 6 (was 3); add --change-settings" in error
+    assert dream.main(["train", "--resume", str(run), "--steps", "6", "--change-settings"]) == 0
+    assert json.loads((run / "settings.json").read_text())["steps"] == 6 and steps_done(run) == 6
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text((folder / "rows.jsonl").read_text() + "\n")
+    settings = json.loads((run / "settings.json").read_text())
+    (run / "settings.json").write_text(json.dumps({**settings, "train": str(rows), "steps": 7}))
+    assert dream.main(["train", "--resume", str(run)]) == 2
+    assert f"{rows}: has changed since the run began" in capsys.readouterr().err
+
+
+def poisoned(monkeypatch, bad_steps):
+    """Let the loss of some steps be NaN."""
+    loss, calls = dream.dream_loss, [0]
+
+    def dream_loss(judge, batch, log_weights, *rest):
+        found = loss(judge, batch, log_weights, *rest)
+        return found * torch.nan if torch.is_grad_enabled() and calls[0] in bad_steps else found
+
+    step = dream.training_step
+
+    def training_step(*arguments):
+        calls[0] += 1
+        return step(*arguments)
+
+    monkeypatch.setattr(dream, "dream_loss", dream_loss)
+    monkeypatch.setattr(dream, "training_step", training_step)
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_told(world, tmp_path, monkeypatch, capsys):
+    """The weights and the optimizer are as if it had not been."""
+    folder, command = world
+    states = []
+    monkeypatch.setattr(
+        dream, "save_checkpoint", lambda out, step, r, o, *rest: states.append(snapshot(r, o))
+    )
+
+    def snapshot(retriever, optimizer):
+        weights = [p.detach().clone() for p in dream.trainable(retriever).values()]
+        return weights + [v.clone() for s in optimizer.state.values() for v in s.values()]
+
+    poisoned(monkeypatch, {2, 3})
+    assert dream.main([*command, "--steps", "4", "--eval-every", "1", "--out", str(tmp_path / "run")]) == 0
+    printed = capsys.readouterr().out
+    assert "step 2 is skipped" in printed and "step 3 is skipped" in printed and "step 4 is" not in printed
+    equal = [all(map(torch.equal, states[i], states[i + 1])) for i in range(3)]
+    assert equal == [True, True, False]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line.get("skipped", False) for line in lines] == [False, True, True, False]
+    assert len(lines[1]["rows"]) == 4 and "loss" not in lines[1] and "rows" not in lines[0]
+
+
+def test_ten_bad_steps_in_a_row_end_the_run(world, tmp_path, monkeypatch, capsys):
+    folder, command = world
+    poisoned(monkeypatch, range(2, 100))
+    assert dream.main([*command, "--steps", "50", "--out", str(tmp_path / "run")]) == 2
+    assert "10 steps in a row, up to 11," in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "function, flag",
+    [("dream_loss", "--judge-batch, which is 4 now"), ("embed", "--retriever-batch, which is 64")],
+)
+def test_out_of_memory_names_the_flag_to_lower(world, tmp_path, monkeypatch, capsys, function, flag):
+    folder, command = world
+
+    def full(*arguments):
+        if torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore lines")
+        return kept(*arguments)
+
+    owner = dream if function == "dream_loss" else dream.Embedder
+    kept = getattr(owner, function)
+    monkeypatch.setattr(owner, function, full)
+    assert dream.main([*command, "--out", str(tmp_path / "run")]) == 2
+    assert f"out of memory: lower {flag}" in capsys.readouterr().err
+
+
+def test_out_of_memory_while_encoding(monkeypatch):
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    embedder = type("Full", (torch.nn.Module,), {"dim": 2, "device": torch.device("cpu"), "embed": full})()
+    with pytest.raises(InputError, match="lower --batch-tokens, which is 77 now"):
+        yardstick.embed_all(embedder, yardstick.Tokenized([[1]], torch.zeros(1).numpy()), 77)
+
+
+def test_a_full_disk_is_told_before_and_leaves_the_last_checkpoint_whole(
+    world, tmp_path, monkeypatch, capsys
+):
+    folder, command = world
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(dream.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+        assert dream.main([*command, "--out", str(run)]) == 2
+    assert "checkpoints need" in capsys.readouterr().err and not list(run.glob("step-*"))
+
+    def no_space(tensors, path):
+        if "step-000006" in str(path):
+            raise OSError(28, "No space left on device")
+        return save(tensors, path)
+
+    save = dream.save_file
+    with monkeypatch.context() as patch:
+        patch.setattr(dream, "save_file", no_space)
+        assert dream.main([*command, "--overwrite", "--out", str(run)]) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert json.loads((run / "checkpoints.json").read_text())["last"] == "step-000003"
+    assert dream.main(["train", "--resume", str(run)]) == 0
+    assert content(run) == content(folder / "whole")
+
+
+def test_an_out_that_cannot_be_written_is_told_at_once(world, tmp_path, capsys):
+    folder, command = world
+    (tmp_path / "file").write_text("")
+    assert dream.main([*command, "--out", str(tmp_path / "file")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_overwriting_deletes_a_run_and_nothing_else(world, tmp_path):
+    folder, command = world
+    run = tmp_path / "run"
+    (run / "notes").mkdir(parents=True)
+    (run / "notes" / "mine.txt").write_text("keep me")
+    short = [*command, "--steps", "4", "--eval-every", "1", "--out", str(run)]
+    assert dream.main([*short, "--keep", "3"]) == 0
+    assert [p.name for p in sorted(run.glob("step-*"))] == ["step-000002", "step-000003", "step-000004"]
+    assert dream.main([*short, "--overwrite", "--steps", "1"]) == 0
+    assert [p.name for p in run.glob("step-*")] == ["step-000001"]
+    assert (run / "notes" / "mine.txt").read_text() == "keep me"
