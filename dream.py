@@ -609,7 +609,7 @@ def save_checkpoint(
     args: argparse.Namespace,
     best: dict,
 ) -> None:
-    """Write OUT/step-N whole or not at all and point checkpoints.json at it; keep the last ones and the best."""
+    """Write OUT/step-N whole or not at all, point checkpoints.json at it, keep the last ones and the best."""
     folder = out / f"step-{step:06d}"
     temporary = out / f".{folder.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
