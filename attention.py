@@ -100,7 +100,10 @@ def attention(
     heads, start = injection.heads[layer], injection.start
     kv_heads = heads // (q.shape[1] // k.shape[1])
     if visible is None:
-        visible = torch.ones(1, q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+        keys = torch.arange(k.shape[2], device=q.device)
+        visible = (keys <= keys[start:, None])[None]  # (1, R, S)
+    else:
+        visible = visible[:, start:]  # (B, R, S)
     exact = torch.promote_types(q.dtype, torch.float32)
     rows = injected_attention(
         q[:, :, start:]
@@ -108,7 +111,7 @@ def attention(
         .to(exact),  # (B, H, R, D), H selected heads, R = T - start rows
         k.index_select(1, kv_heads).to(exact),  # (B, H, S, D)
         v.index_select(1, kv_heads).to(exact),
-        visible[:, start:],
+        visible,
         injection,
     )
     rows = out[:, :, start:].index_copy(1, heads, rows.to(out.dtype))

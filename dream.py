@@ -103,7 +103,8 @@ from model import (
 
 DEMO = Path(__file__).resolve().parent / "demo"
 
-GROUP_TOKENS = 4096  # of the texts in one forward pass: enough to fill a GPU, few enough to be of one length
+# Of the texts in one forward pass: enough to fill a GPU, few enough to be of one length.
+GROUP_TOKENS = {"cpu": 1024, "cuda": 4096}
 
 Heads = list[tuple[int, int]]  # (layer, query head)
 
@@ -221,7 +222,9 @@ def training_step(
         if args.lora_dropout:  # the same masks in both passes
             torch.manual_seed(random.Random(repr((*seed, number))).getrandbits(63))
         ids = [token_ids[i] for i in chunks[number]]
-        groups = token_batches(list(map(len, ids)), GROUP_TOKENS)  # of similar length: little padding
+        groups = token_batches(
+            list(map(len, ids)), GROUP_TOKENS[device.type]
+        )  # of similar length: little padding
         return torch.cat([retriever.embed([ids[i] for i in group]) for group in groups])
 
     # 1. Score. The embeddings become leaves; a single chunk keeps its graph and is not computed twice.

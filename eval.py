@@ -75,7 +75,8 @@ from model import (
 )
 
 CUTOFFS = (1, 3, 5, 10, 100, 1000)
-BATCH_TOKENS = 16_384
+# Padded tokens a batch: on a CPU small batches of equal lengths stay in its caches, a GPU wants to be filled.
+BATCH_TOKENS = {"cpu": 2048, "cuda": 16_384}
 DOCUMENT_BLOCK = 32_768  # documents read, sorted by length and encoded at a time
 MARGIN = 128  # hits kept beyond k: top-k breaks ties arbitrarily, the final sort by id needs the tied ones
 DEFAULT_MODEL = "runs/demo"
@@ -163,14 +164,15 @@ def memory_advice(flag: str, value: int) -> Iterator[None]:
 
 @torch.no_grad()
 def embed_all(
-    embedder: Embedder, tokenized: Tokenized, batch_tokens: int = BATCH_TOKENS, bar: tqdm | None = None
+    embedder: Embedder, tokenized: Tokenized, batch_tokens: int | None = None, bar: tqdm | None = None
 ) -> Tensor:
     """Embeddings (N, C) of at least one text, float32, unit length, on the embedder's device.
 
-    In batches of similar length whose padded size is at most `batch_tokens`; `bar` counts tokens. Raises
-    InputError when an embedding is not finite.
+    In batches of similar length whose padded size is at most `batch_tokens` (default: by device); `bar`
+    counts tokens. Raises InputError when an embedding is not finite.
     """
     lengths = [len(ids) for ids in tokenized.token_ids]
+    batch_tokens = batch_tokens or BATCH_TOKENS[embedder.device.type]
     embeddings = torch.empty(len(lengths), embedder.dim, device=embedder.device)  # (distinct texts, C)
     training = embedder.training
     embedder.eval()  # no dropout, also when asked in the middle of a training
@@ -186,7 +188,7 @@ def embed_all(
     return embeddings[to_device(torch.from_numpy(tokenized.rows), embedder.device)]
 
 
-def encode(embedder: Embedder, texts: list[str], kind: str, batch_tokens: int = BATCH_TOKENS) -> Tensor:
+def encode(embedder: Embedder, texts: list[str], kind: str, batch_tokens: int | None = None) -> Tensor:
     """`embed_all` of `tokenize`: (N, C) float32 unit vectors of texts of one kind, "query" or "document"."""
     return embed_all(embedder, tokenize(embedder, texts, kind), batch_tokens)
 
@@ -251,7 +253,7 @@ def dense_hits(
     embedder: Embedder,
     dataset: RetrievalDataset,
     k: int,
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int | None = None,
     document_block: int = DOCUMENT_BLOCK,
     quiet: bool = False,
     store: "EmbeddingStore | None" = None,
@@ -586,7 +588,7 @@ def evaluate_embedder(
     embedder: Embedder,
     dataset: RetrievalDataset,
     k: int = 100,
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int | None = None,
     keep_identical_ids: bool = False,
     quiet: bool = True,
 ) -> dict:
@@ -803,7 +805,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
     add("--dtype", default="auto", help="compute dtype: auto, float32, bfloat16, float16 (default: auto)")
     add("--compile", action="store_true", help="torch.compile the model: pays for large corpora on a GPU")
-    add("--batch-tokens", type=int, default=BATCH_TOKENS, help="padded tokens a batch (default: %(default)s)")
+    sizes = ", ".join(f"{number} on {device}" for device, number in BATCH_TOKENS.items())
+    add("--batch-tokens", type=int, help=f"padded tokens a batch (default: {sizes})")
     add("--k", type=int, default=1000, help="hits kept for each query, at least 100 (default: %(default)s)")
     add("--trec", metavar="FILE", help="write a TREC run; {dataset} in FILE stands for the dataset's name")
     add("--json", metavar="FILE", help="write results and settings; rewritten after each dataset")
@@ -849,6 +852,7 @@ def run_evaluation(args: argparse.Namespace) -> list[dict]:
             if prompt is not None:
                 embedder.prompts[kind] = prompt
         settings |= {"checkpoint": str(folder), "device": str(device), "processes": processes}
+        args.batch_tokens = args.batch_tokens or BATCH_TOKENS[device.type]
         settings |= {"batch_tokens": args.batch_tokens, "compiled": args.compile}
         if args.embeddings:
             settings["embeddings_dtype"] = args.embeddings_dtype
