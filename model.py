@@ -254,12 +254,18 @@ class Attention(nn.Module):
             context.store.values.append(v)
         return k, v
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:
-        batch, rows, _ = x.shape
+    def forward(self, x: Tensor, context: Context, last: Tensor | None = None) -> Tensor:
+        """last: (B,) the one row of each text to compute, out of T; None for all."""
         k, v = self.keys_and_values(x, context)
+        cos, sin, visible = context.cos, context.sin, context.visible
+        if last is not None:
+            x = x[torch.arange(len(x), device=x.device), last, None]  # (B, 1, C)
+            cos, sin = (angle[0, 0, last, None, None] for angle in (cos, sin))  # (B, 1, 1, D)
+            visible = (torch.arange(k.shape[2], device=x.device) <= last[:, None])[:, None]  # (B, 1, S)
+        batch, rows, _ = x.shape
         q = self.q_proj(x).view(batch, rows, -1, self.head_dim)  # (B, T, Hq, D)
         q = self.q_norm(q) if hasattr(self, "q_norm") else q
-        q = apply_rope(q.transpose(1, 2), context.cos, context.sin)  # (B, Hq, T, D)
+        q = apply_rope(q.transpose(1, 2), cos, sin)  # (B, Hq, T, D)
         if context.prefix is not None:
             k = torch.cat((context.prefix.keys[self.layer], k), dim=2)  # (B, Hkv, P + T, D)
             v = torch.cat((context.prefix.values[self.layer], v), dim=2)
@@ -267,7 +273,7 @@ class Attention(nn.Module):
             context.probe.attention.append(
                 attention_to_keys(q, k, context.visible, context.probe.row_weights)
             )
-        out = attention(q, k, v, context.visible, context.injection, self.layer)
+        out = attention(q, k, v, visible, context.injection, self.layer)
         return self.o_proj(out.transpose(1, 2).reshape(batch, rows, -1))
 
 
@@ -290,8 +296,9 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), context)
+    def forward(self, x: Tensor, context: Context, last: Tensor | None = None) -> Tensor:
+        attended = self.self_attn(self.input_layernorm(x), context, last)
+        x = attended + (x if last is None else x[torch.arange(len(x), device=x.device), last, None])
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -311,12 +318,14 @@ class Decoder(nn.Module):
         store: Cache | None = None,
         injection: Injection | None = None,
         probe: Probe | None = None,
+        last: Tensor | None = None,
     ) -> Tensor | None:
         """Hidden states (B, T, C) after the final norm, of right-padded rows of token ids (B, T).
 
         prefix: keys and values that come before these rows; positions go on from each prefix's own length.
         store: an empty Cache that takes these rows' keys and values: that is all that is then computed, and
-        nothing is returned. probe: needs a prefix.
+        nothing is returned. probe: needs a prefix. last: (B,) the one row of each text that is wanted; then
+        (B, 1, C) is returned, and the last layer computes no other. Without a prefix only.
         """
         batch, rows = input_ids.shape
         device = input_ids.device
@@ -343,7 +352,8 @@ class Decoder(nn.Module):
             if store is not None and layer is self.layers[-1]:
                 layer.self_attn.keys_and_values(layer.input_layernorm(x), context)
                 return None
-            x = checkpoint(layer, x, context, use_reentrant=False) if again else layer(x, context)
+            only = last if layer is self.layers[-1] else None
+            x = checkpoint(layer, x, context, only, use_reentrant=False) if again else layer(x, context, only)
         return self.norm(x)
 
 
@@ -692,9 +702,8 @@ class Embedder(nn.Module):
         input_ids, lengths = pad(token_ids, self.device)  # (B, T), (B,)
         mixed = self.dtype != self.decoder.embed_tokens.weight.dtype
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=mixed):
-            hidden = self.decoder(input_ids)  # (B, T, C)
-        last = hidden[torch.arange(len(token_ids), device=self.device), lengths - 1]  # (B, C)
-        return F.normalize(exact(last), dim=-1)
+            hidden = self.decoder(input_ids, last=lengths - 1)  # (B, 1, C)
+        return F.normalize(exact(hidden[:, 0]), dim=-1)
 
     def fingerprint(self) -> str:
         """A digest of all weights, as they are computed with."""
