@@ -1,8 +1,9 @@
 """DREAM: train a retriever with nothing but a frozen language model's next-token loss.
 
     python dream.py train                                     the demo, on a CPU, into runs/demo
-    python dream.py train --train rows.jsonl --judge DIR --retriever DIR --out runs/mine
-    python dream.py train --resume runs/mine                  go on where it stopped
+    python dream.py train --train rows.jsonl --judge Qwen/Qwen2.5-1.5B --retriever Qwen/Qwen2.5-0.5B --out a
+    torchrun --nproc-per-node 8 dream.py train --train rows.jsonl --judge DIR --retriever DIR --out b
+    python dream.py train --resume a                          go on where it stopped
     python dream.py heads --train rows.jsonl --judge DIR --out heads.json
     python dream.py mine --corpus corpus.jsonl --questions questions.jsonl --out rows.jsonl
 
@@ -976,7 +977,7 @@ def finish(out: Path, tests: list[RetrievalDataset], device: torch.device, dtype
             )
             print(f"  {group:30}{means['queries']:8,}{figures}")
     print(f"\ncheckpoint: {resolve_run(out)}")
-    print(f"next: python eval.py --model {out} --dataset FOLDER_OR_ZIP", flush=True)
+    print(f"next: python eval.py --model {out} --dataset scifact nfcorpus", flush=True)
 
 
 # Mining candidates

@@ -5,6 +5,7 @@
     python eval.py --dataset scifact nfcorpus --model runs/big --json scores.json
     python eval.py --dataset beir13 --model yixuantt/DREAM-0.5B --device cuda --batch-tokens 131072
     python eval.py --dataset rteb --model Qwen/Qwen3-Embedding-0.6B --max-length 8192 --mteb results
+    torchrun --nproc-per-node 8 eval.py --dataset beir --model runs/big --embeddings kept
     python eval.py --dataset path/to/folder other.zip --split dev --trec {dataset}.trec
 
 Public datasets are fetched once, by their names: BEIR's fifteen (groups beir, beir13, beir9; cqadupstack is

@@ -1,13 +1,13 @@
-"""Coverage-guided fuzzing of the readers with atheris, by hand: python tests/fuzz.py TARGET [libFuzzer's flags].
+"""Coverage-guided fuzzing of the readers with atheris, by hand: tests/fuzz.py TARGET [libFuzzer's flags].
 
     python tests/fuzz.py config -max_total_time=600 -rss_limit_mb=4000
     python tests/fuzz.py qrels FILE                             one saved input again, with its traceback
 
-TARGET: adapter, card, config, index, qrels, rows, safetensors, settings. A reader may return, or raise InputError
-with one line that names its file; everything else is a finding. A finding does not end the run: each kind
-(exception, file, line) is printed once, and its smallest input so far is kept under $FUZZ_FINDINGS
-(/tmp/dream-fuzz/TARGET), beside the corpus. An input's first bit says how it is read: as the file itself, or as a
-list of changes to a good file, which gets further than broken JSON.
+TARGET: adapter, card, config, index, qrels, rows, safetensors, settings. A reader may return, or raise
+InputError with one line that names its file; everything else is a finding. A finding does not end the run:
+each kind (exception, file, line) is printed once, and its smallest input so far is kept in
+$FUZZ_FINDINGS/TARGET (/tmp/dream-fuzz), with its traceback and files beside it as text, and the corpus. An input's last bytes say
+how it is read: as the file itself, or as changes to a good file, which gets further than broken JSON.
 """
 
 import copy
@@ -18,27 +18,34 @@ import shutil
 import sys
 import tempfile
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 import atheris
+import torch
+from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 with atheris.instrument_imports(include=["data", "model"]):
     import data
     import model
-import torch
-from tiny import BASE
-from torch import nn
+from tiny import BASE, byte_tokenizer, config_file, random_lm  # noqa: E402
 
-import eval as yardstick
+import eval as yardstick  # noqa: E402
 
 CPU = torch.device("cpu")
 SMALL = {**BASE, "vocab_size": 8, "hidden_size": 8, "intermediate_size": 4, "num_hidden_layers": 1}
 SMALL |= {"model_type": "qwen2", "num_attention_heads": 2, "num_key_value_heads": 1}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 |= {"original_max_position_embeddings": 64, "rope_theta": 1e4}
-CONFIG = {**SMALL, "rope_parameters": LLAMA3, "sliding_window": 64, "use_sliding_window": False, "head_dim": 4}
+CONFIG = {
+    **SMALL,
+    "rope_parameters": LLAMA3,
+    "sliding_window": 64,
+    "use_sliding_window": False,
+    "head_dim": 4,
+}
 ADAPTER = {
     "peft_type": "LORA",
     "base_model_name_or_path": "base",
@@ -62,8 +69,9 @@ SETTINGS = {
 }
 ROW = {"query": "q", "target": "t", "documents": ["one", {"title": "T", "text": "two"}], "positive": 1}
 CARD = (
-    "---\nconfigs:\n- config_name: corpus\n  data_files: corpus.jsonl\n- config_name: queries\n  data_files:\n"
-    "  - split: test\n    path: [queries.jsonl]\n- config_name: default\n  data_files:\n  - split: test\n"
+    "---\nconfigs:\n- config_name: corpus\n  data_files: corpus.jsonl\n- config_name: queries\n"
+    "  data_files:\n  - split: test\n    path: [queries.jsonl]\n- config_name: default\n"
+    "  data_files:\n  - split: test\n"
     "    path: qrels/*.tsv\n---\nText\n"
 )
 # Odd values of every kind that JSON can hold.
@@ -222,16 +230,12 @@ def fuzz_settings(fdp, folder: Path) -> None:
     decoder = nn.Module()
     decoder.config, decoder.embed_tokens = model.Config.read(GOOD / "config.json"), nn.Embedding(1, 1)
     shutil.copyfile(GOOD / "tokenizer.json", folder / "tokenizer.json")
-    from dataclasses import replace
-
     tokenizer = model.load_tokenizer(folder, replace(decoder.config, vocab_size=300))
     model.Embedder(decoder, tokenizer, settings["max_length"], settings["prompts"]).tokenize(["a"], "query")
 
 
 def good_files(folder: Path) -> None:
     """A checkpoint, its adapter and its tokenizer, all good."""
-    from tiny import byte_tokenizer, config_file, random_lm
-
     config = config_file(folder, **SMALL)
     lm = random_lm(config)
     model.save_weights(lm, folder, torch.float32)
@@ -247,7 +251,9 @@ def seeds(target: str) -> list[bytes]:
         "index": [json.dumps({"weight_map": {name: "model-1-of-1.safetensors" for name in WEIGHTS}})],
         "qrels": ["query-id\tcorpus-id\tscore\nq\td\t1\nq\te\t0\n", "q\td\t-1\r\n\r\n"],
         "adapter": [json.dumps(ADAPTER)],
-        "rows": [json.dumps(ROW) + "\n\n" + json.dumps({"query": "q", "answer": ["a"], "pos": ["x"], "neg": ["y"]})],
+        "rows": [
+            json.dumps(ROW) + "\n\n" + json.dumps({"query": "q", "answer": ["a"], "pos": ["x"], "neg": ["y"]})
+        ],
         "card": [CARD],
         "settings": [json.dumps(SETTINGS["tokenizer_config.json"])],
         "safetensors": [],
@@ -296,7 +302,9 @@ def main() -> None:
         (kept / name).write_bytes(raw)
         files = {str(f.relative_to(folder)): f.read_bytes()[:2000] for f in folder.rglob("*.json*")}
         files |= {f.name: f.read_bytes()[:2000] for f in folder.glob("*.[tm][sd]*")}
-        (kept / f"{name}.txt").write_text(f"{''.join(traceback.format_exception(error))}\n{files}\n", errors="replace")
+        (kept / f"{name}.txt").write_text(
+            f"{''.join(traceback.format_exception(error))}\n{files}\n", errors="replace"
+        )
         if new:
             print(f"FINDING {kind}: {' '.join(str(error).split())[:200]}", file=sys.stderr, flush=True)
 
@@ -311,7 +319,17 @@ def main() -> None:
     corpus.mkdir(exist_ok=True)
     for number, seed in enumerate(seeds(target)):
         (corpus / f"seed-{number}").write_bytes(seed)
-    atheris.Setup([sys.argv[0], "-max_len=6000", "-print_final_stats=1", *sys.argv[2:], str(corpus)], once)
+    atheris.Setup(
+        [
+            sys.argv[0],
+            "-max_len=6000",
+            "-reduce_inputs=0",
+            "-print_final_stats=1",
+            *sys.argv[2:],
+            str(corpus),
+        ],
+        once,
+    )
     atheris.Fuzz()
 
 

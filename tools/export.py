@@ -130,7 +130,7 @@ def model_card(embedder: model.Embedder, checkpoint: Path, base: str, kind: str,
     for snippet in [plain] if kind == "merged" else [SENTENCE_TRANSFORMERS, plain]:
         parts.append(re.sub(r"\b(NAME|LENGTH|QUERY|DOCUMENT)\b", lambda found: fields[found[0]], snippet))
     parts += ["sentence-transformers pools such a plain checkpoint by its mean."] * (kind == "merged")
-    parts += [f"```console\n$ python eval.py --model {name} --dataset FOLDER_OR_ZIP\n```", "## Embeddings"]
+    parts += [f"```console\n$ python eval.py --model {name} --dataset scifact\n```", "## Embeddings"]
     lines = [f"The last token's hidden state, L2-normalised: {how['dim']} dimensions, compared by cosine"]
     lines += [f"At most {how['max_length']} tokens of a text; a document is its title, a space, its text"]
     lines += [f"Before a {who}: `{quoted[who]}`" for who, text in how["prompts"].items() if text]
@@ -192,7 +192,7 @@ def export(args: argparse.Namespace) -> None:
     print(f"written: {args.to}  {args.format}, {dtype}, {size:,.1f} MB")
     if Path(base).is_dir() and args.format == "adapter":
         print("note: adapter_config.json names the base by a local path; to publish, put its hub name there")
-    print(f"next: python eval.py --model {args.to} --dataset FOLDER_OR_ZIP")
+    print(f"next: python eval.py --model {args.to} --dataset scifact")
 
 
 def main(argv: list[str] | None = None) -> int:
