@@ -33,9 +33,10 @@ import zipfile
 import zlib
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
 import numpy as np
 import torch
@@ -56,30 +57,72 @@ BAD_ZIP = (
 class InputError(Exception):
     """Bad input: one line that names the file, the line and the field, and says what to do."""
 
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.splitlines()))
+
+
+def _parse_json(text: str):
+    """json.loads; half a surrogate, which no tokenizer and no UTF-8 takes, is a ValueError too."""
+    value = json.loads(text)
+    if "\\ud" in text or "\\uD" in text:
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
+
 
 def read_json(path: Path, kind: type = dict) -> dict | list:
     """The JSON object (or list) of a file. Raises InputError."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = _parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not readable as JSON ({error})") from error
     if not isinstance(content, kind):
         raise InputError(f"{path}: expected a JSON {kind.__name__}, found {type(content).__name__}")
     return content
 
 
+def inside(folder: Path, name, where: Path) -> Path:
+    """FOLDER/NAME for a name that the file `where` gives: never outside of the folder. Raises InputError."""
+    path = PurePosixPath(name) if isinstance(name, str) and "\0" not in name and len(name) < 200 else None
+    if path is None or path.is_absolute() or ".." in path.parts:
+        raise InputError(f"{where}: refused, {name!r} is not the name of something inside of {folder}")
+    return folder / name
+
+
 def write_atomic(path: str | Path, text: str) -> None:
     """Write a text file so that a reader finds the old content or the new, never a part."""
     path = Path(path)
+    with writing(path) as file:
+        file.write(text)
+
+
+def check_writable(path: str | Path, folder: bool = False) -> None:
+    """Tell before hours of work that a result could not be written there. Raises InputError."""
+    path = Path(path)
+    if path.exists() and path.is_dir() != folder:
+        raise InputError(f"{path}: is a {'file' if folder else 'folder'}; choose another name")
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise InputError(
+            f"{path}: cannot be written, {above} is {'read-only' if above.is_dir() else 'a file'}"
+        )
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[TextIO]:
+    """A text file that appears whole when the block ends, or not at all. Raises InputError."""
+    check_writable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")  # owner/name, owner/name@revision
@@ -348,8 +391,8 @@ class JsonLines:
         self._file.seek(self._offsets[index])
         line = self._file.readline()
         try:
-            value = json.loads(line.decode("utf-8-sig" if self._lines[index] == 1 else "utf-8"))
-        except ValueError as error:  # also covers UnicodeDecodeError
+            value = _parse_json(line.decode("utf-8-sig" if self._lines[index] == 1 else "utf-8"))
+        except (ValueError, RecursionError) as error:  # also covers UnicodeError
             raise InputError(f"{self.where(index)}: not JSON in UTF-8 ({error})") from error
         if not isinstance(value, dict):
             raise InputError(f"{self.where(index)}: expected a JSON object, found {type(value).__name__}")
@@ -877,12 +920,15 @@ def load_dataset(
             found = ", ".join(sorted(configs)) or "nothing"
             raise InputError(f"{path}: no {part}; expected BEIR's or mteb's layout, found {found}")
         if split == "all":
-            return [file for found in splits.values() for file in found]
+            splits = {split: [file for found in splits.values() for file in found]}
         if split not in splits and (part == "qrels" or len(splits) > 1):
             raise InputError(
                 f"{path}: no {part} for split {split!r}; splits there: {', '.join(sorted(splits))}"
             )
-        return splits.get(split) or next(iter(splits.values()))
+        found = splits.get(split) or next(iter(splits.values()))
+        if not found:
+            raise InputError(f"{path}: the card names files for {part} that are not there; fetch them again")
+        return found
 
     several = split == "all"
     qrels = _read_qrels(files("qrels", "default", "qrels"))
@@ -900,7 +946,8 @@ def load_dataset(
         metadata = value.get("metadata")
         if isinstance(metadata, dict) and isinstance(metadata.get("entity"), str):
             groups.setdefault(metadata["entity"], set()).add(query_id)
-    if missing := next((query_id for query_id in qrels if query_id not in queries), None):
+    missing = next((query_id for query_id in qrels if query_id not in queries), None)
+    if missing is not None:
         raise InputError(f"{lines.name}: query {missing!r} has judgements in {split} but no text here")
     corpus = Corpus(*files("corpus", "corpus"), repeats=several)
     judged = [[query_id, queries[query_id], sorted(qrels[query_id].items())] for query_id in sorted(qrels)]
@@ -917,13 +964,18 @@ def _configs(path: Path) -> dict[str, dict[str, list[Part]]]:
     """The tables of a dataset, {config: {split: files}}, by its card, else by the names of its files."""
     if path.is_dir():
         if card := card_configs(path):
-            return {
-                config: {
-                    split: [(file, None) for pattern in patterns for file in sorted(path.glob(pattern))]
-                    for split, patterns in splits.items()
+            try:
+                return {
+                    config: {
+                        split: [(file, None) for pattern in patterns for file in sorted(path.glob(pattern))]
+                        for split, patterns in splits.items()
+                    }
+                    for config, splits in card.items()
                 }
-                for config, splits in card.items()
-            }
+            except (OSError, ValueError, LookupError, NotImplementedError) as error:
+                raise InputError(
+                    f"{path / 'README.md'}: data_files cannot be looked for ({error})"
+                ) from error
         names = {str(file.relative_to(path)): (file, None) for file in sorted(path.glob("*"))}
         names |= {str(file.relative_to(path)): (file, None) for file in sorted(path.glob("*/*"))}
     elif zipfile.is_zipfile(path):
@@ -969,8 +1021,8 @@ def card_configs(folder: Path) -> dict[str, dict[str, list[str]]]:
                 paths = [file["path"]] if isinstance(file["path"], str) else file["path"]
                 if any(path.startswith("/") or ".." in path.split("/") for path in paths):
                     raise InputError(f"{folder / 'README.md'}: refused, data_files outside of the folder")
-                configs.setdefault(entry["config_name"], {})[str(file["split"])] = paths
-    except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+                configs.setdefault(str(entry["config_name"]), {})[str(file["split"])] = paths
+    except (yaml.YAMLError, LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise InputError(
             f"{folder / 'README.md'}: its header's configs cannot be read ({error!r})"
         ) from error
@@ -993,7 +1045,12 @@ def _json_judgements(part: Part) -> Iterator[tuple[str, str, int]]:
     for index in range(len(lines)):
         value = lines[index]
         score = value.get("score")
-        if isinstance(score, bool) or not isinstance(score, int | float) or score != int(score):
+        if (
+            isinstance(score, bool)
+            or not isinstance(score, int | float)
+            or not -1e9 < score < 1e9
+            or score % 1
+        ):
             raise InputError(f"{lines.where(index)}: 'score' is {score!r}, expected a whole number")
         query_id = _identifier(lines, index, value, "query-id")
         yield query_id, _identifier(lines, index, value, "corpus-id"), int(score)
@@ -1011,7 +1068,9 @@ def _tsv_judgements(part: Part) -> Iterator[tuple[str, str, int]]:
                 continue
             try:
                 query_id, doc_id, score = fields
-                yield query_id, doc_id, int(score)
+                if not -(10**9) < (grade := int(score)) < 10**9:
+                    raise ValueError(score)
+                yield query_id, doc_id, grade
             except ValueError as error:
                 if number == 1:
                     continue  # the header

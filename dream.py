@@ -61,7 +61,9 @@ from data import (
     RetrievalDataset,
     Row,
     Rows,
+    check_writable,
     collate,
+    inside,
     read_json,
     read_template,
     shuffled,
@@ -69,6 +71,7 @@ from data import (
     to_device,
     token_batches,
     write_atomic,
+    writing,
 )
 from eval import (
     BM25,
@@ -493,6 +496,20 @@ def head_map(scores: Tensor, heads: Heads) -> str:
     return "\n".join(lines)
 
 
+def read_heads(path: Path, content: dict, config: Config) -> Heads:
+    """The heads that a file selects. Raises InputError."""
+    layers, heads = config.num_hidden_layers, config.num_attention_heads
+    every, chosen = (
+        [[layer, head] for layer in range(layers) for head in range(heads)],
+        content.get("selected"),
+    )
+    if not isinstance(chosen, list) or not chosen or any(pair not in every for pair in chosen):
+        raise InputError(
+            f"{path}: 'selected' must list [layer, head] pairs of {layers} layers of {heads} heads"
+        )
+    return [tuple(pair) for pair in chosen]
+
+
 def select_heads(
     judge: CausalLM, builder: PromptBuilder, rows: list[Row], args: argparse.Namespace, device: torch.device
 ) -> tuple[Heads, dict]:
@@ -514,18 +531,17 @@ def select_heads(
     else:
         path = Path(args.heads)
         saved = {**saved, **(given := read_json(path))}
-        heads = [tuple(pair) for pair in given.get("selected", [])]
+        heads = read_heads(path, given, judge.config)
         shape = (judge.config.num_hidden_layers, judge.config.num_attention_heads)
-        if not heads or any(
-            len(p) != 2 or not (0 <= p[0] < shape[0] and 0 <= p[1] < shape[1]) for p in heads
-        ):
-            raise InputError(
-                f"{path}: 'selected' must list [layer, head] pairs of {shape[0]} layers of {shape[1]} heads"
-            )
         if given.get("template", builder.template) != builder.template:
             print(f"warning: the heads in {path} were detected with another judge template", flush=True)
-        scores = torch.tensor(given.get("scores") or torch.zeros(shape).tolist())
+        try:
+            scores = torch.tensor(given.get("scores") or torch.zeros(shape).tolist()).reshape(shape)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise InputError(f"{path}: 'scores' must be {shape[0]} lists of {shape[1]} numbers") from error
     report = describe_heads(judge, builder, rows, heads, args, device)
+    if not (scores.isfinite().all() and math.isfinite(report["steering_range"])):
+        raise InputError(f"{args.judge}: its losses are not finite; damaged weights, or use --dtype float32")
     print(head_map(scores, heads))
     print_report(saved.get("labels"), len(rows), heads, total, report)
     return heads, {**saved, "selected": [list(pair) for pair in heads], "report": report}
@@ -649,11 +665,17 @@ def check_rows(rows: Rows, builder: PromptBuilder, args: argparse.Namespace) -> 
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, retriever: Embedder, folder: Path) -> None:
-    saved = load_file(folder / "optimizer.safetensors")
-    state = {
-        number: {key: saved[f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-        for number, name in enumerate(trainable(retriever))
-    }
+    path = folder / "optimizer.safetensors"
+    try:
+        saved = load_file(path)
+        state = {
+            number: {key: saved[f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+            for number, name in enumerate(trainable(retriever))
+        }
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file; the run cannot go on from this checkpoint") from error
+    except (SafetensorError, OSError, KeyError) as error:
+        raise InputError(f"{path}: not a whole file of this run's optimizer ({error})") from error
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
@@ -668,7 +690,7 @@ def train(args: argparse.Namespace) -> int:
     device = pick_device(args.device)
     dtype, reason = pick_dtype(args.dtype, device)
     print_settings(args, device, dtype, reason)
-    tests = [d for name in expand_names(args.test) for d in resolve_datasets(name)]
+    tests = [d for name in expand_names(args.test) for d in resolve_datasets(name, flag="--test")]
     with run_lock(Path(args.out)) if rank == 0 else nullcontext():
         if stopped := fit(args, tests, device, dtype):
             print(f"stopped by {stopped.name}; go on with: python dream.py train --resume {args.out}")
@@ -735,7 +757,8 @@ def fit(
     rank, processes = join_processes()
     resume = None
     if args.resume and (out / "checkpoints.json").exists():  # killed before its first, a run begins anew
-        resume = out / read_json(out / "checkpoints.json")["last"]
+        listing = out / "checkpoints.json"
+        resume = inside(out, read_json(listing).get("last"), listing)
     elif not args.resume and (out / "checkpoints.json").exists():
         if not args.overwrite:
             raise InputError(f"{out}: holds a run already; --resume {out} goes on, --overwrite starts anew")
@@ -751,7 +774,7 @@ def fit(
         raise InputError(f"{args.train}: {len(rows)} rows are too few, at least 10 are needed")
     dev = None
     if args.dev:
-        dev, *others = resolve_datasets(args.dev, args.dev_split)
+        dev, *others = resolve_datasets(args.dev, args.dev_split, "--dev")
         if others:
             raise InputError(f"--dev {args.dev}: has several parts; give one of them")
 
@@ -761,7 +784,7 @@ def fit(
     check_rows(rows, builder, args)
     retriever = build_retriever(args, device, dtype, checkpoint, resume)
     if resume:
-        heads = [tuple(pair) for pair in read_json(out / "heads.json")["selected"]]
+        heads = read_heads(out / "heads.json", read_json(out / "heads.json"), judge.config)
     else:
         heads = []
         if rank == 0:
@@ -806,7 +829,9 @@ def fit(
     if resume:
         load_optimizer(optimizer, retriever, resume)
         state = read_json(resume / "trainer.json")
-        first_step, best = state["step"], state["best"]
+        first_step, best = state.get("step"), state.get("best")
+        if type(first_step) is not int or first_step < 1 or not isinstance(best, dict):
+            raise InputError(f"{resume / 'trainer.json'}: 'step' or 'best' is missing or wrong")
     log = Log(out / "metrics.jsonl" if rank == 0 else None, first_step)
     bar = tqdm(total=args.steps, initial=first_step, desc="train", unit="step", disable=rank > 0)
 
@@ -815,7 +840,7 @@ def fit(
             own = step_rows(step, rows, usable, args)[rank::processes]
             yield prepare_rows(retriever, builder, own, (args.seed, step))
 
-    with Interrupt() as interrupt:
+    with Interrupt() as interrupt, bar:
         for step, batch in enumerate(one_ahead(prepared()), first_step):
             started = time.perf_counter()
             for group in optimizer.param_groups:
@@ -891,6 +916,8 @@ class Log:
         if path is not None:
             kept = []
             if first_step:  # lines after the checkpoint belong to steps that will be done again
+                if not path.exists():
+                    raise InputError(f"{path}: no such file; the run cannot go on without its metrics")
                 for line in path.read_text().splitlines():
                     if not line.endswith("}") or json.loads(line)["step"] > first_step:
                         break  # half a line is from a process that was killed
@@ -986,16 +1013,20 @@ def finish(out: Path, tests: list[RetrievalDataset], device: torch.device, dtype
 def mine(args: argparse.Namespace) -> None:
     """Training rows from a corpus and questions with answers: the source passage, where it is known, and the
     best other documents by BM25 or an embedder. Answers are not used to choose candidates."""
+    check_writable(args.out)
     path = Path(args.corpus)
     corpus = Corpus(path / "corpus.jsonl" if path.is_dir() else path)
     numbers = {doc_id: number for number, doc_id in enumerate(corpus.ids)}
     lines = JsonLines(Path(args.questions))
-    questions = [read_question(lines, index, numbers) for index in range(len(lines))]
+    questions = [read_question(lines, index, numbers, corpus) for index in range(len(lines))]
     if args.limit and args.limit < len(questions):
         questions = [questions[i] for i in sorted(shuffled(len(questions), args.seed)[: args.limit])]
     if not questions:
         raise InputError(f"{args.questions}: no questions")
-    wanted = args.candidates + 4  # some will be the source, or have a text that is there already
+    without = 0
+    wanted = min(
+        args.candidates + 4, len(corpus)
+    )  # some are the source, or have a text that is there already
     queries = [question["query"] for question in questions]
     if args.by == "bm25":
         texts = tqdm((d.full_text for _, d in corpus), total=len(corpus), desc="index", unit="doc")
@@ -1007,20 +1038,23 @@ def mine(args: argparse.Namespace) -> None:
         dataset = RetrievalDataset(path.name, "", path, named, {}, documents=corpus)
         found = dense_hits(embedder, dataset, wanted).indices
     out = Path(args.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(out.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
+    with writing(out) as file:
         for question, hits in zip(tqdm(questions, desc="write", unit="row"), found.tolist(), strict=True):
             source = question.pop("passage")
             candidates = {corpus[i][1]: None for i in [source, *hits] if i is not None and i >= 0}
-            documents = [{"title": d.title, "text": d.text} for d in list(candidates)[: args.candidates]]
+            candidates = [document for document in candidates if document.full_text][: args.candidates]
+            documents = [{"title": d.title, "text": d.text} for d in candidates]
+            if not documents:
+                without += 1
+                continue
             row = {**question, "documents": documents, **({} if source is None else {"positive": 0})}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    os.replace(temporary, out)
+    if without:
+        print(f"{without:,} questions left out: they share no word with any document")
     report_targets(args, out)
 
 
-def read_question(lines: JsonLines, index: int, numbers: dict[str, int]) -> dict:
+def read_question(lines: JsonLines, index: int, numbers: dict[str, int], corpus: Corpus) -> dict:
     """A question with its target, its source and, as `passage`, the number of the document asked about."""
     value = lines[index]
     key = next((k for k in ("query", "question", "text") if k in value), "query")
@@ -1031,6 +1065,8 @@ def read_question(lines: JsonLines, index: int, numbers: dict[str, int]) -> dict
     passage = value.get("passage_id")
     if passage is not None and str(passage) not in numbers:
         raise InputError(f"{lines.where(index)}: passage_id {passage!r} is not in the corpus")
+    if passage is not None and not corpus[numbers[str(passage)]][1].full_text:
+        raise InputError(f"{lines.where(index)}: passage_id {passage!r} is an empty document of the corpus")
     return {
         "query": lines.text(index, value, key),
         "target": target.strip(),
@@ -1074,13 +1110,14 @@ def report_targets(args: argparse.Namespace, path: Path) -> None:
 def make_builder(args: argparse.Namespace, config: Config, folder: Path) -> PromptBuilder:
     """The judge's prompts, in its own tokens; a BOS where its tokenizer puts one."""
     tokenizer = load_tokenizer(folder, config)
-    bos = config.bos_token_id if tokenizer.encode("a").ids[0] == config.bos_token_id else None
+    bos = config.bos_token_id if tokenizer.encode("a").ids[:1] == [config.bos_token_id] else None
     context = min(args.judge_context or 8192, config.context)
     return PromptBuilder(tokenizer, context, args.max_target, args.judge_template, bos)
 
 
 def heads(args: argparse.Namespace) -> None:
     """Detect, show and save heads, without training."""
+    check_writable(args.out)
     device = pick_device(args.device)
     dtype, reason = pick_dtype(args.dtype, device)
     print_settings(args, device, dtype, reason)
@@ -1105,18 +1142,20 @@ def print_settings(args: argparse.Namespace, device: torch.device, dtype: torch.
     print(f"device={device}  dtype={str(dtype).removeprefix('torch.')} ({reason})", flush=True)
 
 
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
+def number(kind: type, least: float, below: float = math.inf, above: bool = False) -> Callable[[str], float]:
+    """The type of a flag: a finite number from `least` on (`above`: beyond it), under `below`."""
 
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not (least <= value < below) or above and value == least:
+            limit = "" if below == math.inf else f" and below {below:g}"
+            raise argparse.ArgumentTypeError(
+                f"{text} is not {'above' if above else 'at least'} {least:g}{limit}"
+            )
+        return value
 
-def fraction(text: str) -> float:
-    value = float(text)
-    if not (math.isfinite(value) and value >= 0):
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 up")
-    return value
+    parse.__name__ = kind.__name__  # for argparse's own message
+    return parse
 
 
 # What `train` and `heads` do when they are given neither rows nor a judge: the demo.
@@ -1157,7 +1196,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif kind in (int, float):
-            options |= {"type": positive if kind is int else fraction, "metavar": "N" if kind is int else "X"}
+            kinds = {int: (number(int, 1, 10**9), "N"), float: (number(float, 0), "X")}
+            options = dict(zip(("type", "metavar"), kinds[kind], strict=True)) | options
         elif kind is not None:
             options["metavar"] = kind
         shown = default not in (None, "", []) and kind is not bool
@@ -1195,16 +1235,23 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     flag("thm", "judge_template", "plain", "WHICH", "its prompt: plain, qwen, qwen3, llama, or a file")
     flag("t", "retriever", None, "NAME", "checkpoint that the retriever starts from, likewise")
     flag("t", "full", False, bool, "train all weights of the retriever instead of LoRA adapters")
-    flag("t", "lora_rank", 16, int, "rank of the adapters")
+    flag("t", "lora_rank", 16, int, "rank of the adapters", type=number(int, 1, 2**16))
     flag("t", "lora_alpha", 32.0, float, "their scale is alpha / rank")
-    flag("t", "lora_dropout", 0.0, float, "dropout in front of the adapters")
+    flag("t", "lora_dropout", 0.0, float, "dropout in front of the adapters", type=number(float, 0, 1))
     flag("t", "lora_targets", list(PROJECTIONS), "NAME", "projections that get one", nargs="+")
     flag("t", "max_length", 512, int, "tokens a query or document is embedded from")
     flag("t", "query_prompt", "", "TEXT", "put before each query when it is embedded")
     flag("t", "document_prompt", "", "TEXT", "put before each document when it is embedded")
     flag("t", "append_eos", False, bool, "end each embedded text with the EOS")
-    flag("thm", "candidates", 8, int, "documents per query, the first ones of a row")
-    flag("t", "temperature", 0.05, float, "tau of softmax(cosine / tau)")
+    flag(
+        "thm",
+        "candidates",
+        8,
+        int,
+        "documents per query, the first ones of a row",
+        type=number(int, 2),
+    )
+    flag("t", "temperature", 0.05, float, "tau of softmax(cosine / tau)", type=number(float, 0, above=True))
     flag("th", "heads", "top", "WHICH", "top, random, worst, all, or a file that `heads` wrote")
     flag("th", "num_heads", None, int, "how many (default: 16, at most a quarter of all)")
     flag("th", "head_examples", 128, int, "rows set aside to choose them")
@@ -1222,21 +1269,28 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     flag("thm", "max_target", 32, int, "target tokens used")
     flag("thm", "judge_context", None, int, "tokens of a prompt (default: the judge's, at most 8192)")
     flag("t", "steps", 1000, int, "optimizer steps")
-    flag("t", "batch", 32, int, "queries per step")
+    flag("t", "batch", 32, int, "queries per step", type=number(int, 1, 10**6))
     flag("th", "judge_batch", 4, int, "prompts the judge reads at once; decides memory and speed only")
     flag("t", "retriever_batch", 64, int, "texts embedded at once with a graph; likewise")
     flag("t", "activation_checkpointing", False, bool, "less memory, a third more time for the retriever")
     flag("t", "lr", 1e-4, float, "peak learning rate of AdamW")
-    flag("t", "warmup", 0.1, float, "part of the steps that warm up; then a cosine to a tenth")
+    flag(
+        "t",
+        "warmup",
+        0.1,
+        float,
+        "part of the steps that warm up; then a cosine to a tenth",
+        type=number(float, 0, 1),
+    )
     flag("t", "weight_decay", 0.0, float, "of AdamW")
-    flag("t", "clip", 1.0, float, "largest norm of the gradient")
+    flag("t", "clip", 1.0, float, "largest norm of the gradient", type=number(float, 0, above=True))
     flag("t", "eval_every", 100, int, "steps between evaluations on --dev, each with a checkpoint")
     flag("m", "corpus", None, "PATH", "corpus.jsonl {_id, title, text}, or its folder", required=True)
     flag("m", "questions", None, "FILE", "jsonl {query, answers, passage_id: optional}", required=True)
     flag("m", "out", None, "FILE", "where the rows are written", required=True)
     flag("m", "by", "bm25", "HOW", "bm25, or an embedder's folder")
     flag("m", "limit", None, int, "a random sample of so many questions")
-    flag("thm", "seed", 0, None, "of everything drawn", type=int, metavar="N")
+    flag("thm", "seed", 0, None, "of everything drawn", type=number(int, 0), metavar="N")
     flag("thm", "device", "auto", "NAME", "auto, cpu, cuda, cuda:1, ...")
     flag("thm", "dtype", "auto", "NAME", "compute dtype: auto, float32, bfloat16, float16")
 
@@ -1244,7 +1298,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     command = given.pop("command")
     settings = defaults[command]
     if given.get("resume"):
-        settings |= {**read_json(Path(given["resume"]) / "settings.json"), "out": given["resume"]}
+        path = Path(given["resume"]) / "settings.json"
+        settings |= check_settings(path, read_json(path), settings) | {"out": given["resume"]}
         free = ("resume", "device", "change_settings")
         changed = {k: v for k, v in given.items() if k not in free and v != settings.get(k)}
         if changed and not given.get("change_settings"):
@@ -1266,6 +1321,17 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         if settings.get(name, "") is None:
             parser.error(f"--{name} is missing; it is needed beside --train")
     return argparse.Namespace(**{**settings, "command": command})
+
+
+def check_settings(path: Path, settings: dict, defaults: dict) -> dict:
+    """The settings of a run, of the types that the flags give. Raises InputError."""
+    for name, value in settings.items():
+        default = defaults.get(name)
+        kinds = {float: (int, float), type(None): (int, str, type(None))}.get(type(default), type(default))
+        kinds = str if name in ("train", "judge", "retriever", "out") else kinds
+        if name in defaults and not isinstance(value, kinds):
+            raise InputError(f"{path}: {name} is {value!r}, not what the flag gives")
+    return settings
 
 
 def main(argv: list[str] | None = None) -> int:

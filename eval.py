@@ -56,6 +56,7 @@ from data import (
     RetrievalDataset,
     cache_folder,
     card_configs,
+    check_writable,
     fetch_repository,
     fetch_zip,
     load_dataset,
@@ -653,11 +654,11 @@ def expand_names(names: Iterable[str]) -> list[str]:
     return expanded
 
 
-def resolve_datasets(name: str, split: str | None = None) -> list[RetrievalDataset]:
+def resolve_datasets(name: str, split: str | None = None, flag: str = "--dataset") -> list[RetrievalDataset]:
     """The dataset of a path or a public name, fetched first if need be; several where it has parts.
 
     name: `demo`, one of BEIR's names, one of RTEB's tasks, else a folder or .zip in BEIR's or mteb's layout.
-    split: None: the usual one (msmarco: dev; else test). Raises InputError.
+    split: None: the usual one (msmarco: dev; else test). Raises InputError, which names `flag`.
     """
     if name == "demo":
         dataset = load_dataset(Path(__file__).parent / "demo" / "test", split or "test")
@@ -674,13 +675,15 @@ def resolve_datasets(name: str, split: str | None = None) -> list[RetrievalDatas
         return datasets
     if name in RTEB:
         return [_load_task(name, *part) for part in _task_parts(name, split)]
-    if Path(name).exists():
+    if name and Path(name).exists():
         return _load_parts(Path(name), Path(name).resolve().name.removesuffix(".zip"), split)
     known = ["demo", *GROUPS, *BEIR, *RTEB]
-    close = [other for other in known if other.lower().startswith(name.lower())]
+    close = [other for other in known if name and other.lower().startswith(name.lower())]
     close = close or difflib.get_close_matches(name, known, 1)
     hint = f"did you mean {close[0]}?" if close else f"names: {', '.join(known)}"
-    raise InputError(f"--dataset {name}: no such folder or .zip, and not a name of a public dataset; {hint}")
+    raise InputError(
+        f"{flag} {name or repr(name)}: no such folder or .zip, and not a name of a public dataset; {hint}"
+    )
 
 
 def _load_parts(path: Path, name: str, split: str | None) -> list[RetrievalDataset]:
@@ -836,6 +839,12 @@ def run_evaluation(args: argparse.Namespace) -> list[dict]:
         raise InputError(f"{args.model} does not exist: train it (`python dream.py train`) or pass --model")
     # Every dataset is checked before the first is encoded: a typing error should not wait for hours of work.
     datasets = [d for name in expand_names(args.dataset) for d in resolve_datasets(name, args.split)]
+    for path in (args.json, *(args.trec.replace("{dataset}", d.name) for d in datasets if args.trec)):
+        if path:
+            check_writable(path)
+    for path in (args.mteb, args.embeddings):
+        if path:
+            check_writable(path, folder=True)
     if args.trec and len(datasets) > 1 and "{dataset}" not in args.trec:
         raise InputError(f"--trec {args.trec}: several datasets need {{dataset}} in the file's name")
     settings = {name: getattr(args, name) for name in ("model", "k", "identical_ids")}
@@ -871,15 +880,16 @@ def run_evaluation(args: argparse.Namespace) -> list[dict]:
     results = []
     for dataset in datasets:
         started = time.perf_counter()
+        wanted = min(args.k + MARGIN, dataset.num_documents)
         if args.model == "bm25":
-            hits = bm25_hits(dataset, args.k + MARGIN)
+            hits = bm25_hits(dataset, wanted)
         else:
             store = None
             if args.embeddings:
                 store = EmbeddingStore(
                     Path(args.embeddings), embedder, dataset, STORED[args.embeddings_dtype]
                 )
-            hits = dense_hits(embedder, dataset, args.k + MARGIN, args.batch_tokens, store=store)
+            hits = dense_hits(embedder, dataset, wanted, args.batch_tokens, store=store)
         keep = args.identical_ids == "keep" or args.identical_ids == "mteb" and dataset.task not in MTEB_DROPS
         result, run = evaluate_hits(dataset, hits, args.k, keep, args.per_query)
         results.append(result | {"seconds": round(time.perf_counter() - started, 1)})

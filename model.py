@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from attention import Injection, attention, attention_to_keys, exact
-from data import HUB_NAME, InputError, fetch_repository, pad, read_json, write_atomic
+from data import HUB_NAME, InputError, fetch_repository, inside, pad, read_json, write_atomic
 
 CPU = torch.device("cpu")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -97,9 +97,9 @@ class Config:
         if family not in FAMILIES:
             raise InputError(f"{path}: model_type is {family!r}; supported: {', '.join(FAMILIES)}")
 
-        def number(key: str, default=None):
-            value = raw.get(key, default) if raw.get(key) is not None else default
-            if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        def number(key: str, default=None, kind=int, given=raw):
+            value = given.get(key, default) if given.get(key) is not None else default
+            if isinstance(value, bool) or not isinstance(value, int | kind) or not 0 < value < 1 << 31:
                 raise InputError(f"{path}: {key} is {value!r}, expected a positive number")
             return value
 
@@ -108,15 +108,23 @@ class Config:
         if raw.get("hidden_act", "silu") != "silu":
             raise InputError(f"{path}: hidden_act is {raw['hidden_act']!r}, only silu is supported")
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        if not isinstance(rope, dict):
+            raise InputError(f"{path}: rope_parameters is {rope!r}, expected an object")
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         if rope_type not in ("default", "llama3"):
             raise InputError(f"{path}: rope_type is {rope_type!r}; supported: default, llama3")
+        if rope_type == "llama3":
+            for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
+                number(key, kind=float, given=rope)
         heads = number("num_attention_heads")
         context = number("max_position_embeddings", 2048)
         # Within the window, sliding-window attention is plain attention: allow no more than that.
         if raw.get("sliding_window") and raw.get("use_sliding_window", family == "mistral"):
             context = min(context, number("sliding_window"))
         eos = raw.get("eos_token_id")
+        eos = eos[0] if isinstance(eos, list) and eos else eos
+        if eos is not None and (type(eos) is not int or eos < 0):
+            raise InputError(f"{path}: eos_token_id is {eos!r}, expected a token id")
         bias = bool(raw.get("attention_bias", False))
         config = cls(
             model_type=family,
@@ -127,9 +135,9 @@ class Config:
             num_attention_heads=heads,
             num_key_value_heads=number("num_key_value_heads", heads),
             head_dim=number("head_dim", number("hidden_size") // heads),
-            rms_norm_eps=number("rms_norm_eps", 1e-6),
+            rms_norm_eps=number("rms_norm_eps", 1e-6, float),
             context=context,
-            rope_theta=float(rope.get("rope_theta") or number("rope_theta", 10000.0)),
+            rope_theta=float(number("rope_theta", number("rope_theta", 10000.0, float), float, rope)),
             rope_scaling=dict(rope) if rope_type == "llama3" else None,
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
             qkv_bias=bias or family == "qwen2",
@@ -137,9 +145,11 @@ class Config:
             mlp_bias=bool(raw.get("mlp_bias", False)),
             qk_norm=family == "qwen3",
             bos_token_id=raw.get("bos_token_id"),
-            eos_token_id=eos[0] if isinstance(eos, list) and eos else eos or None,
+            eos_token_id=eos,
             raw=raw,
         )
+        if config.head_dim % 2:
+            raise InputError(f"{path}: head_dim is {config.head_dim}, RoPE needs an even number")
         if config.num_attention_heads % config.num_key_value_heads:
             raise InputError(f"{path}: num_attention_heads is not a multiple of num_key_value_heads")
         return config
@@ -452,6 +462,8 @@ def pick_device(name: str = "auto") -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise InputError(f"--device {name}: not a device; use auto, cpu or cuda") from error
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device {name}: use auto, cpu or cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"--device {name}: this machine has no CUDA device; use --device cpu")
     return device
@@ -505,7 +517,11 @@ def read_tensors(folder: Path, device: torch.device, dtype: torch.dtype) -> dict
     if (folder / "model.safetensors").exists():
         where["model.safetensors"] = []
     elif index.exists():
-        for name, shard in read_json(index).get("weight_map", {}).items():
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict):
+            raise InputError(f"{index}: weight_map is missing, or no object of tensor names and files")
+        for name, shard in shards.items():
+            inside(folder, shard, index)
             where.setdefault(shard, []).append(name)
     if not where:
         raise InputError(
@@ -523,7 +539,7 @@ def read_tensors(folder: Path, device: torch.device, dtype: torch.dtype) -> dict
                     if name not in present:
                         raise InputError(f"{path}: has no tensor {name}, although {index.name} says so")
                     tensors[name] = file.get_tensor(name).to(device=device, dtype=dtype)
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise _broken(path, error) from error
     return tensors
 
@@ -559,6 +575,10 @@ class Checkpoint:
         self.device, self.dtype = device, dtype
         self.config = Config.read(self.folder / "config.json")
         tensors = read_tensors(self.folder, device, dtype)
+        if self.config.num_hidden_layers > len(tensors):  # before so many layers are made
+            raise InputError(
+                f"{self.folder}: num_hidden_layers is {self.config.num_hidden_layers}, tensors {len(tensors)}"
+            )
         self.head = tensors.pop("lm_head.weight", None)
         # Base-model exports have no leading "model."; some old checkpoints store RoPE's constants.
         self.tensors = {
@@ -626,6 +646,8 @@ def load_tokenizer(folder: Path, config: Config) -> Tokenizer:
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
     if largest >= config.vocab_size:
         raise InputError(f"{path}: has token id {largest}, config.json has vocab_size {config.vocab_size}")
+    if config.eos_token_id is not None and config.eos_token_id >= config.vocab_size:
+        raise InputError(f"{folder}/config.json: eos_token_id is {config.eos_token_id}, not below vocab_size")
     tokenizer.no_padding()
     tokenizer.no_truncation()
     asked = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
@@ -633,10 +655,11 @@ def load_tokenizer(folder: Path, config: Config) -> Tokenizer:
         token = asked.get(f"{name}_token")
         token = token.get("content") if isinstance(token, dict) else token
         if asked.get(f"add_{name}_token") and token:
-            number = tokenizer.token_to_id(token)
+            number = tokenizer.token_to_id(token) if isinstance(token, str) else None
             if number is None:
                 raise InputError(f"{folder / 'tokenizer_config.json'}: {name}_token {token!r} has no id")
-            if tokenizer.encode("a").ids[place] != number:
+            ids = tokenizer.encode("a").ids
+            if not ids or ids[place] != number:
                 _add_token(tokenizer, form.format(token), token, number)
     return tokenizer
 
@@ -731,7 +754,7 @@ def resolve_run(folder: str | Path) -> Path:
     listing = folder / "checkpoints.json"
     if listing.exists():
         names = read_json(listing)
-        return folder / (names.get("best") or names["last"])
+        return inside(folder, names.get("best") or names.get("last"), listing)
     return folder
 
 
@@ -783,6 +806,8 @@ def read_embedding_settings(folder: Path) -> dict:
             raise InputError(
                 f"{modules}: modules {', '.join(kinds)}; supported: Transformer, Pooling, Normalize"
             )
+        for path in paths:
+            inside(folder, path, modules)
         pooling = read_json(folder / paths[1] / "config.json")
         modes = pooling.get("pooling_mode")
         if modes is None:  # 5.x and before: one flag a mode
@@ -799,14 +824,22 @@ def read_embedding_settings(folder: Path) -> dict:
         transformer = folder / paths[0]
         tokenizer = transformer / "tokenizer_config.json"
         known = read_json(tokenizer).get("model_max_length") if tokenizer.exists() else None
+        if known is not None and (not isinstance(known, int | float) or not known >= 1):
+            raise InputError(f"{tokenizer}: model_max_length is {known!r}, expected a positive number")
         default_length = int(min(known or 512, 1 << 20))  # 1e30 there means none
     settings = read("sentence_bert_config.json")
     if settings.get("do_lower_case"):
         raise InputError(f"{folder}/sentence_bert_config.json: do_lower_case is not supported")
-    prompts = {name: text for name, text in (config.get("prompts") or {}).items() if isinstance(text, str)}
+    max_length = settings.get("max_seq_length") or default_length
+    if type(max_length) is not int or max_length < 1:
+        path = folder / "sentence_bert_config.json"
+        raise InputError(f"{path}: max_seq_length is {max_length!r}, expected a positive number of tokens")
+    prompts = config.get("prompts") or {}
+    if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
+        raise InputError(f"{folder}/config_sentence_transformers.json: 'prompts' must be names and texts")
     return {
         "transformer": transformer,
-        "max_length": settings.get("max_seq_length") or default_length,
+        "max_length": max_length,
         "prompts": prompts,
         "append_eos": bool(config.get("append_eos")),
     }
@@ -850,10 +883,11 @@ def load_adapter(decoder: Decoder, folder: Path) -> None:
     if config.get("bias", "none") != "none":
         raise InputError(f"{where}: bias is {config['bias']!r}, only none is supported")
     targets = config.get("target_modules")
-    if not isinstance(targets, list):
-        raise InputError(f"{where}: target_modules is {targets!r}, expected a list of projection names")
+    if not isinstance(targets, list) or any(name not in PROJECTIONS for name in targets):
+        known = ", ".join(PROJECTIONS)
+        raise InputError(f"{where}: target_modules is {targets!r}, expected a list out of {known}")
     r, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(r, int) or r < 1 or not isinstance(alpha, int | float):
+    if type(r) is not int or not 0 < r <= 1 << 16 or type(alpha) not in (int, float) or not 0 < alpha < 1e9:
         raise InputError(f"{where}: r is {r!r} and lora_alpha {alpha!r}, expected two positive numbers")
     add_lora(decoder, r, alpha, config.get("lora_dropout") or 0.0, targets, config.get("use_rslora", False))
     path = folder / "adapter_model.safetensors"

@@ -337,7 +337,7 @@ def test_mine(tmp_path, capsys):
     "flags, message",
     [
         (["train", "--lerning-rate", "1"], "unrecognized arguments: --lerning-rate"),
-        (["train", "--steps", "0"], "0 is not a positive number"),
+        (["train", "--steps", "0"], "0 is not at least 1"),
         (
             ["train", "--train", "nowhere.jsonl", "--judge", "x", "--retriever", "x", "--out", "o"],
             "no such file",

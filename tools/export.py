@@ -146,9 +146,12 @@ def model_card(embedder: model.Embedder, checkpoint: Path, base: str, kind: str,
         parts += [f"Injected: {len(chosen)} attention heads of the judge, layer.head from 0: {text}."]
     if results.get("after"):
         rows = [["dataset", "split", "queries", "BM25", "before", "after"]]
-        for triple in zip(results["bm25"], results["before"], results["after"], strict=True):
-            figures = [f"{result['metrics']['ndcg@10']:.4f}" for result in triple]
-            rows.append([triple[2]["dataset"], triple[2]["split"], f"{triple[2]['queries']:,}", *figures])
+        try:
+            for triple in zip(results["bm25"], results["before"], results["after"], strict=True):
+                figures = [f"{result['metrics']['ndcg@10']:.4f}" for result in triple]
+                rows.append([triple[2]["dataset"], triple[2]["split"], f"{triple[2]['queries']:,}", *figures])
+        except (TypeError, KeyError, ValueError) as error:
+            raise InputError(f"{checkpoint.parent / 'results.json'}: not as `train` writes it") from error
         parts += ["## Results", "NDCG@10 before and after training:", table(rows, left=2)]
         parts += ["Measured by `eval.py` of this implementation at the end of the run, before the export."]
     return "\n\n".join(part for part in [*parts, "## Licence", LICENCE] if part) + "\n"
