@@ -1,6 +1,6 @@
 """Properties under random input, with hypothesis: readers on bad files, prompts, metrics, search, batches.
 
-Every reader either returns or raises InputError with one line that names its file. MENDED are inputs that once
+Every reader either returns or raises InputError with one line that names its file. MENDED: inputs that once
 did neither. tests/fuzz.py looks for more of them, guided by coverage.
 """
 
