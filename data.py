@@ -515,6 +515,11 @@ class Rows:
         return given, positive
 
 
+def longest_token(tokenizer: Tokenizer) -> int:
+    """Characters of the longest token; of a text that is cut, so many per kept token are all that matter."""
+    return max(map(len, tokenizer.get_vocab(with_added_tokens=True)), default=1)
+
+
 # The prompt begins with words of no document: language models park attention on their first tokens, and were
 # those in a document's span, that document's share would be nothing but the park.
 TEMPLATE = "Read the documents and answer the question.\n\n{documents}Question: {query}\nAnswer: {target}"
@@ -592,6 +597,7 @@ class PromptBuilder:
             max_target,
             template,
         )
+        self._characters = (context + 1) * longest_token(tokenizer)
         if any(template.count(name) != 1 for name in ("{documents}", "{query}", "{target}")):
             raise InputError("the judge template must hold {documents}, {query} and {target} once each")
         instruction, rest = template.split("{documents}")
@@ -623,6 +629,7 @@ class PromptBuilder:
     def _encode(self, texts: list[str], special: bool = False) -> list[list[int]]:
         """Token ids of each text; `special`: as the template's own, in which special tokens count."""
         self.tokenizer.encode_special_tokens = not special
+        texts = [text[: self._characters] for text in texts]
         encoded = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encoded]
 

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from attention import Injection, attention, attention_to_keys, exact
-from data import HUB_NAME, InputError, fetch_repository, inside, pad, read_json, write_atomic
+from data import HUB_NAME, InputError, fetch_repository, inside, longest_token, pad, read_json, write_atomic
 
 CPU = torch.device("cpu")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -103,6 +103,8 @@ class Config:
                 raise InputError(f"{path}: {key} is {value!r}, expected a positive number")
             return value
 
+        if raw.get("auto_map"):
+            print(f"note: {path} names code of its own (auto_map), which is never run", flush=True)
         if raw.get("is_causal") is False or raw.get("use_bidirectional_attention"):
             raise InputError(f"{path}: the attention is bidirectional, only causal networks are supported")
         if raw.get("hidden_act", "silu") != "silu":
@@ -704,6 +706,7 @@ class Embedder(nn.Module):
                 )
             _add_token(tokenizer, f"$A {token}", token, eos)
         tokenizer.enable_truncation(self.max_length)
+        self._characters = (self.max_length + 1) * longest_token(tokenizer)  # of which some will be cut
 
     @property
     def dim(self) -> int:
@@ -716,7 +719,7 @@ class Embedder(nn.Module):
     def tokenize(self, texts: list[str], kind: str) -> list[list[int]]:
         """Token ids of each text, prompt included, at most max_length, never empty. kind: query, document."""
         prompt = self.prompts[kind]
-        encoded = self.tokenizer.encode_batch_fast([prompt + text for text in texts] if prompt else texts)
+        encoded = self.tokenizer.encode_batch_fast([(prompt + text)[: self._characters] for text in texts])
         nothing = [self.decoder.config.eos_token_id or 0]  # an empty text still gets an embedding
         return [encoding.ids or nothing for encoding in encoded]
 

@@ -265,3 +265,32 @@ def test_both_config_dialects_are_read_alike(tmp_path):
     )
     new.rope_scaling.pop("rope_theta")
     assert old == new and isinstance(old, Config)
+
+
+def test_code_in_a_checkpoint_is_told_and_never_run(tmp_path, capsys):
+    """Nor is a pickle read: only safetensors count."""
+    trap = tmp_path / "ran"
+    folder = tiny_checkpoint(tmp_path / "tiny", auto_map={"AutoModel": "modeling.Own"})
+    (folder / "modeling.py").write_text(f"open({str(trap)!r}, 'w')")
+    load(folder)
+    assert "never run" in capsys.readouterr().out and not trap.exists()
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(InputError, match="neither model.safetensors nor"):
+        load(folder)
+
+
+def test_a_huge_text_costs_no_more_than_what_is_kept_of_it(tmp_path, monkeypatch):
+    """Of 40 MB only as many characters are tokenised as the kept tokens can have."""
+    embedder = Embedder(random_lm(config_file(tmp_path)).model, byte_tokenizer(), 16, {"query": "Q: "})
+    seen = []
+
+    class Watched:
+        def encode_batch_fast(self, texts):
+            seen.extend(map(len, texts))
+            return byte_tokenizer().encode_batch_fast(texts)
+
+    short = embedder.tokenize(["ab c " * 100], "query")
+    assert embedder.tokenize(["ab c " * 8_000_000], "query") == short
+    embedder.tokenizer = Watched()
+    embedder.tokenize(["ab c " * 8_000_000], "query")
+    assert max(seen) <= 17 * len("<|endoftext|>")
