@@ -252,13 +252,13 @@ def test_batches_blocks_and_order_move_real_embeddings_by_rounding_alone(
     texts = dict(dataset.corpus())
     by_id = dict(zip(texts, documents, strict=True))
     _, run, expected = evaluate_ours(dataset, (queries, documents))
-    parts, encode = [], yardstick.encode
+    parts, embed_all = [], yardstick.embed_all
 
     def watched(*arguments):
-        parts.append(encode(*arguments))
+        parts.append(embed_all(*arguments))
         return parts[-1]
 
-    monkeypatch.setattr(yardstick, "encode", watched)
+    monkeypatch.setattr(yardstick, "embed_all", watched)
     other = shuffle_corpus(tmp_path / "shuffled", texts, dataset, seed)
     hits = yardstick.dense_hits(
         embedder("demo"), other, 100 + yardstick.MARGIN, batch_tokens, block, quiet=True
