@@ -121,6 +121,8 @@ def test_what_cannot_be_fetched_is_told_in_one_line(hub, tmp_path, monkeypatch):
     assert "accept its terms" in refusal("own/gated") and "HF_TOKEN" in refusal("own/gated")
     monkeypatch.setenv("HF_TOKEN", "good-token")
     assert find_folder("own/gated").is_dir()
+    written = [file.read_bytes() for file in (tmp_path / "cache").rglob("*") if file.is_file()]
+    assert written and not [content for content in written if b"good-token" in content]
     monkeypatch.delenv("HF_TOKEN")
     missing = refusal("own/missing")
     assert "no such folder here" in missing and "is not there, or private" in missing

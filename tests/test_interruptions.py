@@ -80,6 +80,15 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(world, tmp_path,
     assert json.loads((run / last / "trainer.json").read_text())["step"] == steps_done(run)
 
 
+def test_a_second_sigint_stops_at_once_and_handlers_are_put_back():
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), dream.Interrupt() as interrupt:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interrupt.agreed() == signal.SIGINT
+        os.kill(os.getpid(), signal.SIGINT)
+    assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+
+
 def test_stopped_anywhere_and_resumed_is_the_same_run(world, tmp_path, monkeypatch):
     """Also where no evaluation was due: the checkpoint of the signal's step is as good as any."""
     folder, command = world
