@@ -135,11 +135,8 @@ def fetch_repository(name: str, patterns: list[str], kind: str = "model") -> Pat
     HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE count. kind: model, dataset. The folder's name is the
     commit. Raises InputError.
     """
-    from huggingface_hub import (
-        constants,
-        errors,
-        snapshot_download,
-    )  # only who names a repository waits for it
+    # Here, so that only who names a repository waits for it.
+    from huggingface_hub import constants, errors, snapshot_download
 
     repository, _, revision = name.partition("@")
     try:

@@ -197,6 +197,7 @@ def prepare_rows(
     return PreparedRows(rows, texts, token_ids, shuffled_prompts(builder, rows, *seed))
 
 
+SUMS = ("loss", "effective_candidates", "positive_weight", "labelled", "document_tokens_cut", "tokens")
 Objective = Callable[[JudgeBatch, Tensor], Tensor]  # (batch, log weights (B, N)) -> loss of each query (B,)
 
 
@@ -226,9 +227,8 @@ def training_step(
         if args.lora_dropout:  # the same masks in both passes
             torch.manual_seed(random.Random(repr((*seed, number))).getrandbits(63))
         ids = [token_ids[i] for i in chunks[number]]
-        groups = token_batches(
-            list(map(len, ids)), GROUP_TOKENS[device.type]
-        )  # of similar length: little padding
+        # Of similar length: little padding.
+        groups = token_batches(list(map(len, ids)), GROUP_TOKENS[device.type])
         return torch.cat([retriever.embed([ids[i] for i in group]) for group in groups])
 
     # 1. Score. The embeddings become leaves; a single chunk keeps its graph and is not computed twice.
@@ -279,9 +279,6 @@ def training_step(
     stats["document_tokens_cut"] += sum(prompt.tokens_cut for prompt in prepared.prompts)
     stats["tokens"] += sum(map(len, token_ids))
     return stats
-
-
-SUMS = ("loss", "effective_candidates", "positive_weight", "labelled", "document_tokens_cut", "tokens")
 
 
 def add_up(stats: dict[str, Tensor], parameters: list[torch.nn.Parameter]) -> dict[str, Tensor]:
@@ -499,10 +496,8 @@ def head_map(scores: Tensor, heads: Heads) -> str:
 def read_heads(path: Path, content: dict, config: Config) -> Heads:
     """The heads that a file selects. Raises InputError."""
     layers, heads = config.num_hidden_layers, config.num_attention_heads
-    every, chosen = (
-        [[layer, head] for layer in range(layers) for head in range(heads)],
-        content.get("selected"),
-    )
+    every = [[layer, head] for layer in range(layers) for head in range(heads)]
+    chosen = content.get("selected")
     if not isinstance(chosen, list) or not chosen or any(pair not in every for pair in chosen):
         raise InputError(
             f"{path}: 'selected' must list [layer, head] pairs of {layers} layers of {heads} heads"
@@ -884,9 +879,8 @@ def fit(
 def check_space(out: Path, retriever: Embedder, args: argparse.Namespace) -> None:
     """Tell now, not after hours, that the checkpoints will not fit on the disk. Raises InputError."""
     weights = sum(parameter.numel() for parameter in trainable(retriever).values())
-    need = (
-        12 * weights * (args.keep + 2)
-    )  # weights and two moments in float32; the best, and one being written
+    # Weights and two moments in float32; beside those kept, the best and the one being written.
+    need = 12 * weights * (args.keep + 2)
     if need > (free := shutil.disk_usage(out).free):
         raise InputError(f"{out}: checkpoints need {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
 
@@ -1272,7 +1266,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     flag("t", "batch", 32, int, "queries per step", type=number(int, 1, 10**6))
     flag("th", "judge_batch", 4, int, "prompts the judge reads at once; decides memory and speed only")
     flag("t", "retriever_batch", 64, int, "texts embedded at once with a graph; likewise")
-    flag("t", "activation_checkpointing", False, bool, "less memory, a third more time for the retriever")
+    flag("t", "activation_checkpointing", False, bool, "less memory, one more forward pass of the retriever")
     flag("t", "lr", 1e-4, float, "peak learning rate of AdamW")
     flag(
         "t",

@@ -284,17 +284,15 @@ def dense_hits(
                 documents = store.read(start, end)
             else:
                 block = next(ahead)
-                bar.total = bar.n + round(
-                    block.num_tokens * remaining / (end - start)
-                )  # as far as can be told
+                # As far as can be told: what remains is like this block.
+                bar.total = bar.n + round(block.num_tokens * remaining / (end - start))
                 documents = embed_all(embedder, block, batch_tokens, bar)  # (n, C)
                 remaining -= end - start
                 if store is not None:
                     documents = store.write(start, end, documents)
             best = search(queries, documents, k, offset=start, best=best)
-    scores, indices = best or search(
-        queries, queries[:0], k
-    )  # more processes than blocks: nothing found here
+    # With more processes than blocks, some have found nothing.
+    scores, indices = best or search(queries, queries[:0], k)
     if processes > 1:
         scores, indices = _merge(scores, indices, k, processes)
     return Hits(scores.cpu().numpy(), indices.cpu().numpy(), dataset.documents.ids)
@@ -808,7 +806,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--document-prompt", help="text put before every document (default: the checkpoint's)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
     add("--dtype", default="auto", help="compute dtype: auto, float32, bfloat16, float16 (default: auto)")
-    add("--compile", action="store_true", help="torch.compile the model: pays for large corpora on a GPU")
+    add(
+        "--compile",
+        action="store_true",
+        help="torch.compile the model, which takes minutes; its gain on a GPU is not measured",
+    )
     sizes = ", ".join(f"{number} on {device}" for device, number in BATCH_TOKENS.items())
     add("--batch-tokens", type=int, help=f"padded tokens a batch (default: {sizes})")
     add("--k", type=int, default=1000, help="hits kept for each query, at least 100 (default: %(default)s)")

@@ -160,10 +160,9 @@ class Config:
         """config.json in both dialects, so that transformers 4 and 5 read the same network."""
         rope = {**(self.rope_scaling or {"rope_type": "default"}), "rope_theta": self.rope_theta}
         name = str(dtype).removeprefix("torch.")
+        raw = {key: value for key, value in self.raw.items() if key != "_name_or_path"}  # a path of someone's
         return {
-            **{
-                key: value for key, value in self.raw.items() if key != "_name_or_path"
-            },  # a path of someone's
+            **raw,
             "architectures": [architecture],
             "head_dim": self.head_dim,  # its default is not the same in every version
             "rope_theta": self.rope_theta,

@@ -6,7 +6,7 @@
 TARGET: adapter, card, config, index, qrels, rows, safetensors, settings. A reader may return, or raise
 InputError with one line that names its file; everything else is a finding. A finding does not end the run:
 each kind (exception, file, line) is printed once, and its smallest input so far is kept in
-$FUZZ_FINDINGS/TARGET (/tmp/dream-fuzz), with its traceback and files beside it as text, and the corpus. An
+$FUZZ_FINDINGS/TARGET (dream-fuzz), with its traceback and files beside it as text, and the corpus. An
 input's last bytes say how it is read: as the file itself, or as changes to a good file, which gets further
 than broken JSON.
 """
@@ -273,7 +273,7 @@ def seeds(target: str) -> list[bytes]:
 def main() -> None:
     target = sys.argv[1]
     reader = globals()[f"fuzz_{target}"]
-    kept = Path(os.environ.get("FUZZ_FINDINGS", "/tmp/dream-fuzz")) / target
+    kept = Path(os.environ.get("FUZZ_FINDINGS", "dream-fuzz")) / target
     smallest: dict[str, int] = {}
 
     def signature(error: BaseException) -> str:

@@ -216,8 +216,8 @@ def test_no_local_paths(tmp_path, kind):
     "name, public",
     [
         ("Qwen/Qwen2.5-0.5B@v1", "Qwen/Qwen2.5-0.5B@v1"),
-        ("/root/hub/models--Qwen--Qwen2.5-0.5B/snapshots/0a1b2c", "Qwen/Qwen2.5-0.5B"),
-        ("/root/models/base/", "base"),
+        ("hub/models--Qwen--Qwen2.5-0.5B/snapshots/0a1b2c", "Qwen/Qwen2.5-0.5B"),
+        ("some/models/base/", "base"),
         ("../base", "base"),
         ("here/base", "base"),
         ("here/rows.jsonl", "rows.jsonl"),
