@@ -81,7 +81,7 @@ def attention(
     k: Tensor,
     v: Tensor,
     visible: Tensor | None = None,
-    injection: Injection | None = None,
+    injection: "Injection | CrossDocument | None" = None,
     layer: int = 0,
 ) -> Tensor:
     """Grouped-query attention of T rows over S keys, with the selected heads of `layer` injected.
@@ -95,6 +95,8 @@ def attention(
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
     else:
         out = _masked_attention(q, k, v, visible)
+    if isinstance(injection, CrossDocument):
+        return out + cross_document_attention(q, injection, layer)
     if injection is None or layer not in injection.heads:
         return out
     heads, start = injection.heads[layer], injection.start
@@ -184,6 +186,61 @@ def attention_to_keys(q: Tensor, k: Tensor, visible: Tensor, row_weights: Tensor
     )  # (B, Hq, T, S)
     probabilities = logits.masked_fill(~visible[:, None], -torch.inf).softmax(-1)
     return torch.einsum("bhts,bt->bhs", probabilities, row_weights)
+
+
+def isolated_documents(documents: Tensor, num_documents: int) -> Tensor:
+    """Which keys a causal row sees when no document sees another: (B, S, S) bool.
+
+    documents: (B, S) as in Injection. Rows outside documents (instruction, query) see everything before them.
+    """
+    causal = torch.ones(documents.shape[1], documents.shape[1], dtype=torch.bool, device=documents.device)
+    outside = documents == num_documents  # (B, S)
+    same = documents[:, :, None] == documents[:, None, :]  # (B, S, S)
+    return causal.tril() & (same | outside[:, :, None] | outside[:, None, :])
+
+
+# What DREAM is compared with: Revela (arXiv 2506.16552)
+
+
+@dataclass
+class CrossDocument:
+    """What the n texts of a group need to read one another, in every layer and head, in Revela's second pass.
+
+    weights:          (n, n) float, row i: how much text i takes from each other text; 0 on the diagonal.
+    keys, values:     layer -> (n, Hkv, S, D), of the first pass, in which each text was read by itself.
+    lengths:          the texts' lengths; later keys are padding.
+    normalise_values: divide what is read by the attention-weighted norm of the values.
+    """
+
+    weights: Tensor
+    keys: dict[int, Tensor]
+    values: dict[int, Tensor]
+    lengths: list[int]
+    normalise_values: bool = False
+
+
+def cross_document_attention(q: Tensor, cross: CrossDocument, layer: int) -> Tensor:
+    """What each row adds to its causal attention: sum_{j != i} w_ij b_ij, for rows of text i.
+
+    b_ij = softmax(q_i k_j' / sqrt(D)) v_j is attention to all of text j's tokens; normalised, it is divided
+    by sum_s a_s |v_js| + 1e-6. q: (n, Hq, T, D). Returns (n, Hq, T, D) in q's dtype; gradients reach q, keys,
+    values and weights.
+    """
+    texts, num_heads, num_rows, dim = q.shape
+    keys, values = cross.keys[layer], cross.values[layer]
+    # To the keys of one text all else are rows: of every text, and of every head that shares them.
+    rows = q.reshape(texts, keys.shape[1], -1, dim).transpose(0, 1).flatten(1, 2)[None]  # (1, Hkv, n*G*T, D)
+    weights = cross.weights.repeat_interleave(rows.shape[2] // texts, dim=0)  # (n*G*T, n)
+    total = torch.zeros_like(exact(rows))
+    for j, length in enumerate(cross.lengths):
+        k, v = keys[j, None, :, :length], values[j, None, :, :length]  # (1, Hkv, S, D)
+        read = F.scaled_dot_product_attention(rows, k, v)  # (1, Hkv, n*G*T, D)
+        if cross.normalise_values:
+            norm = F.scaled_dot_product_attention(rows, k, v.norm(dim=-1, keepdim=True))
+            read = read / (norm + 1e-6)
+        total = total + weights[:, j, None] * exact(read)
+    total = total.to(q.dtype).unflatten(2, (texts, -1)).squeeze(0).transpose(0, 1)  # (n, Hkv, G*T, D)
+    return total.reshape(texts, num_heads, num_rows, dim)
 
 
 def _masked_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:

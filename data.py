@@ -433,11 +433,12 @@ class Rows:
 
     num_candidates: at most so many documents of a row are used, the first ones (a mined row lists its best
     first). Equal documents count once. A row that keeps fewer than two candidates teaches nothing: it is left
-    out, and counted in `skipped`. Raises InputError for anything malformed.
+    out, and counted in `skipped`. documents_only: rows need no query and no target (Revela reads neither).
+    Raises InputError for anything malformed.
     """
 
-    def __init__(self, path: str | Path, num_candidates: int | None = None):
-        self.path, self.num_candidates = Path(path), num_candidates
+    def __init__(self, path: str | Path, num_candidates: int | None = None, documents_only: bool = False):
+        self.path, self.num_candidates, self.documents_only = Path(path), num_candidates, documents_only
         self._lines = JsonLines(self.path)
         self.fingerprint = self._lines.fingerprint
         rows = (self._parse(i) for i in range(len(self._lines)))
@@ -460,7 +461,9 @@ class Rows:
         target = next((value[key] for key in ("target", "answer", "output") if value.get(key)), None)
         if isinstance(target, list) and target:
             target = target[0]
-        if not isinstance(target, str) or not target.strip():
+        if self.documents_only:
+            target = ""
+        elif not isinstance(target, str) or not target.strip():
             raise InputError(
                 f"{where}: no target; give the output to predict as 'target' (or 'answer' or 'output')"
             )
@@ -485,7 +488,8 @@ class Rows:
         documents = list(position)
         if positive is not None:
             positive = position.get(positive_document)  # None where num_candidates cut it off
-        return Row(index, lines.text(index, value, "query"), target.strip(), documents, positive, where)
+        query = "" if self.documents_only else lines.text(index, value, "query")
+        return Row(index, query, target.strip(), documents, positive, where)
 
     @staticmethod
     def _candidates(where: str, value: dict) -> tuple[list, int | None]:
@@ -510,6 +514,42 @@ class Rows:
                 f"{where}: 'positive' is {positive!r}, expected an index into {len(given)} documents"
             )
         return given, positive
+
+
+class CandidatePool:
+    """Every distinct document of some rows, by number: what candidates are mined from anew.
+
+    Texts stay in the rows' file; 16 bytes a document stay in memory, and 8 more until the pool is made.
+    """
+
+    def __init__(self, rows: Rows, indices: Iterable[int]):
+        self._rows, self._last = rows, (-1, [])
+        owners, places, digests = array("q"), array("q"), array("q")
+        for index in indices:
+            for place, document in enumerate(rows[index].documents):
+                owners.append(index)
+                places.append(place)
+                digests.append(text_digest(document.full_text))
+        _, first = np.unique(np.frombuffer(digests, np.int64), return_index=True)
+        first.sort()  # in the file's order, which is read from the disk in one go
+        self._owners, self._places = (np.frombuffer(x, np.int64)[first] for x in (owners, places))
+        self.ids = range(len(first))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, number: int) -> tuple[str, Document]:
+        owner = int(self._owners[number])
+        last, documents = self._last
+        if last != owner:
+            documents = self._rows[owner].documents
+            self._last = (owner, documents)
+        return str(number), documents[self._places[number]]
+
+
+def text_digest(text: str) -> int:
+    """A 64-bit number that tells texts apart, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
 def longest_token(tokenizer: Tokenizer) -> int:
@@ -568,6 +608,7 @@ class Prompt:
     target_start: int  # the first token of the target
     target_cut: bool  # the target was longer than max_target
     tokens_cut: int  # document tokens dropped to fit the context
+    isolated: bool = False  # no document sees another
 
 
 class PromptBuilder:
@@ -587,13 +628,10 @@ class PromptBuilder:
         max_target: int = 32,
         template: str = TEMPLATE,
         bos_id: int | None = None,
+        isolate_documents: bool = False,
     ):
-        self.tokenizer, self.context, self.max_target, self.template = (
-            tokenizer,
-            context,
-            max_target,
-            template,
-        )
+        self.tokenizer, self.context, self.max_target = tokenizer, context, max_target
+        self.template, self.isolate_documents = template, isolate_documents
         self._characters = (context + 1) * longest_token(tokenizer)
         if any(template.count(name) != 1 for name in ("{documents}", "{query}", "{target}")):
             raise InputError("the judge template must hold {documents}, {query} and {target} once each")
@@ -620,7 +658,8 @@ class PromptBuilder:
         if first == len(after):  # byte-level tokens carry the space in front of a word
             self._after_query = after.rstrip(" ")
             self._target_space = after[len(self._after_query) :]
-        self._start = ([bos_id] if bos_id is not None else []) + self._encode([instruction], special=True)[0]
+        self._bos = [bos_id] if bos_id is not None else []
+        self._start = self._bos + self._encode([instruction], special=True)[0]
         self._question_ends = self._encode([before[:last], after[first:]], special=True)
 
     def _encode(self, texts: list[str], special: bool = False) -> list[list[int]]:
@@ -641,6 +680,10 @@ class PromptBuilder:
             self._assemble(row, order, [blocks[document] for document in row.documents], *ends)
             for row, order, ends in zip(rows, orders, self._ends(rows), strict=True)
         ]
+
+    def plain(self, texts: list[str], max_length: int) -> list[list[int]]:
+        """Each text by itself as a language model reads it, no template; at most max_length tokens."""
+        return [(self._bos + ids)[:max_length] for ids in self._encode(texts)]
 
     def _ends(self, rows: Sequence[Row]) -> Iterator[tuple[list[int], list[int]]]:
         """Each row's question and target, in tokens. Raises InputError for a target without any."""
@@ -698,7 +741,8 @@ class PromptBuilder:
         question_start = len(input_ids)
         input_ids += question
         cut = sum(max(length - limit, 0) for length in lengths)
-        return Prompt(input_ids + target, spans, question_start, len(input_ids), target_cut, cut)
+        ends = (question_start, len(input_ids), target_cut, cut)
+        return Prompt(input_ids + target, spans, *ends, self.isolate_documents)
 
 
 def fit_longest_first(lengths: list[int], room: int) -> int:
@@ -735,6 +779,7 @@ class JudgeBatch:
     target_ids: Tensor  # (K,) the tokens they predict
     target_owner: Tensor  # (B, K) float32: 1 where the prompt owns the target token
     num_tokens: int  # real tokens of prefixes and suffixes
+    isolated: bool  # no document sees another
 
 
 def collate(prompts: Sequence[Prompt], device: torch.device, rows: str = "target") -> JudgeBatch:
@@ -768,6 +813,7 @@ def collate(prompts: Sequence[Prompt], device: torch.device, rows: str = "target
         to_device(torch.tensor(target_ids), device),
         to_device(target_owner, device),
         sum(map(len, prefixes)) + sum(map(len, suffixes)),
+        prompts[0].isolated,
     )
 
 

@@ -27,6 +27,7 @@ This file never changes the judge, reads no labels in its loss, and writes only 
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -36,9 +37,9 @@ import signal
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -48,10 +49,12 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from attention import Injection, exact
+from attention import CrossDocument, Injection, exact, isolated_documents
 from data import (
+    CandidatePool,
     Corpus,
     InputError,
     JsonLines,
@@ -64,10 +67,12 @@ from data import (
     check_writable,
     collate,
     inside,
+    pad,
     read_json,
     read_template,
     shuffled,
     sync,
+    text_digest,
     to_device,
     token_batches,
     write_atomic,
@@ -102,6 +107,7 @@ from model import (
     pick_device,
     pick_dtype,
     resolve_run,
+    save_adapter,
     save_embedder,
 )
 
@@ -112,15 +118,24 @@ GROUP_TOKENS = {"cpu": 1024, "cuda": 4096}
 
 Heads = list[tuple[int, int]]  # (layer, query head)
 
+# The objectives, and the temperature at which each is published, or (DREAM, InfoNCE) ours.
+TEMPERATURES = {"dream": 0.05, "infonce": 0.05, "replug": 0.1, "revela": 1e-4}
+
 
 # The judge
 
 
+def learns(module: torch.nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
 def read_prefix(judge: CausalLM, batch: JudgeBatch) -> Cache:
-    """Keys and values of all before the injected rows: no score reaches them, so no graph is needed."""
+    """Keys and values of all before the injected rows: no score reaches them, so a frozen judge needs no
+    graph."""
     cache = Cache(batch.prefix_lengths)
-    with torch.no_grad():
-        judge.model(batch.prefix_ids, store=cache)
+    visible = isolated_documents(batch.documents, batch.present.shape[1]) if batch.isolated else None
+    with nullcontext() if learns(judge) else torch.no_grad():
+        judge.model(batch.prefix_ids, store=cache, visible=visible)
     return cache
 
 
@@ -173,20 +188,230 @@ def shuffled_prompts(builder: PromptBuilder, rows: Sequence[Row], *seed: int) ->
     return builder.build(rows, [shuffled(len(row.documents), *seed, row.index) for row in rows])
 
 
+# The objectives. Each takes scored rows and returns the loss of each, (B,)
+
+
 @dataclass
-class PreparedRows:
-    """What a step needs of its rows, in tokens: made while the step before it runs."""
+class Scored:
+    """Some rows of a step, B of them with up to N candidates, after the retriever has scored them."""
 
     rows: list[Row]
+    judge_inputs: list  # what `judge_inputs` made of each row
+    scores: Tensor  # (B, N) cosines; their graph ends at the embeddings
+    log_weights: Tensor  # (B, N) log_softmax(s / tau), -inf where there is no candidate
+    present: Tensor  # (B, N) bool
+    queries: Tensor  # (B, C) embeddings
+    candidates: Tensor  # (B, N) numbers of the candidates among `documents`
+    documents: Tensor  # (D, C) embeddings of all documents of this process's step
+    digests: Tensor  # (D, 1) int64, of their texts
+
+
+def dream_objective(scored: Scored, judge: CausalLM, heads: dict[int, Tensor], args) -> Tensor:
+    """DREAM: the target's loss when the scores decide which documents the heads read; see attention.py."""
+    batch = collate(scored.judge_inputs, scored.scores.device, args.inject_rows)
+    return dream_loss(judge, batch, scored.log_weights, heads, args.document_mass == "keep")
+
+
+def infonce_objective(scored: Scored, args) -> Tensor:
+    """InfoNCE (arXiv 1807.03748): the cross-entropy of softmax(s / tau) with the marked document.
+
+        -log( exp(s_+ / tau) / sum_j exp(s_j / tau) )
+
+    over the row's candidates, or with --in-batch-negatives over all documents of the step, of all processes;
+    equal texts count once. Needs the label that DREAM does without.
+    """
+    device = scored.scores.device
+    logits = (exact(scored.scores) / args.temperature).masked_fill(~scored.present, -torch.inf)  # (B, N)
+    if args.in_batch_negatives:
+        own = scored.digests[scored.candidates, 0].unsqueeze(1)  # (B, 1, N)
+        documents, digests = gather_rows(scored.documents), gather_rows(scored.digests)[:, 0]  # (M, C), (M,)
+        others = exact(scored.queries @ documents.T) / args.temperature  # (B, M)
+        repeated = (digests[:, None] == digests).tril(-1).any(1)  # (M,)
+        known = ((own == digests[:, None]) & scored.present[:, None]).any(-1)  # (B, M)
+        logits = torch.cat([logits, others.masked_fill(known | repeated, -torch.inf)], dim=1)
+    positives = torch.tensor([row.positive for row in scored.rows])
+    return F.cross_entropy(logits, to_device(positives, device), reduction="none")
+
+
+def judge_likelihoods(scored: Scored, judge: CausalLM, likelihood: str) -> Tensor:
+    """log p_judge(target | document, query), (B, N), one prompt a document; -inf where there is none.
+
+    likelihood: "mean" per target token, or their "sum".
+    """
+    with torch.no_grad():
+        batch = collate([p for prompts in scored.judge_inputs for p in prompts], scored.scores.device)
+        losses = target_loss(judge, batch, read_prefix(judge, batch))  # (all candidates,)
+        losses = losses * batch.target_owner.sum(-1) if likelihood == "sum" else losses
+        missing = losses.new_full(scored.present.shape, -torch.inf)
+        return missing.masked_scatter(scored.present, -losses)
+
+
+def replug_objective(scored: Scored, judge: CausalLM, args) -> Tensor:
+    """REPLUG-LSR (arXiv 2301.12652): the retriever's distribution is drawn to that of the judge.
+
+        P = softmax(s / gamma)    Q = softmax(log p_judge(target | d_i, query) / beta)    loss = KL(P || Q)
+
+    gamma is --temperature, beta --judge-temperature. --kl reverse is KL(Q || P).
+    """
+    likelihoods = exact(judge_likelihoods(scored, judge, args.target_likelihood))
+    missing = ~scored.present
+    log_q = (likelihoods / args.judge_temperature).log_softmax(-1).masked_fill(missing, 0.0)
+    log_p = scored.log_weights.masked_fill(missing, 0.0)
+    if args.kl == "forward":
+        return (scored.log_weights.exp() * (log_p - log_q)).sum(-1)
+    return (log_q.exp() * (log_q - log_p)).masked_fill(missing, 0.0).sum(-1)
+
+
+def revela_objective(scored: Scored, judge: CausalLM, args) -> Tensor:
+    """Revela (arXiv 2506.16552): texts of a group help to predict one another; retriever and LM train.
+
+    The rows are the n texts of one group, each with its first half as query; weights w_ij over the others are
+    softmax_{j != i}(s_ij / tau). Pass 1 reads each text by itself and keeps keys and values, in the graph;
+    in pass 2 every head adds sum_{j != i} w_ij b_ij (attention.py). Returns each text's share of the group's
+    mean next-token loss, times n.
+    """
+    token_ids, lengths = scored.judge_inputs, [len(ids) for ids in scored.judge_inputs]
+    input_ids, on_device = pad(token_ids, scored.scores.device)  # (n, T)
+    alone = Cache(on_device)
+    judge.model(input_ids, store=alone)
+    weights = scored.log_weights.exp()  # (n, n), 0 on the diagonal
+    cross = CrossDocument(weights, alone.keys, alone.values, lengths, args.normalise_values)
+    hidden = judge.model(input_ids, injection=cross)  # (n, T, C)
+
+    def text_loss(rows: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(exact(judge.lm_head(rows)), targets, reduction="sum")
+
+    # One text's logits at a time: 152k words outweigh everything else.
+    losses = [
+        checkpoint(text_loss, hidden[i, : n - 1], input_ids[i, 1:n], use_reentrant=False)
+        for i, n in enumerate(lengths)
+    ]
+    return torch.stack(losses) * len(lengths) / max(sum(lengths) - len(lengths), 1)
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows: Tensor) -> Tensor:
+        rank, processes = join_processes()
+        counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(processes)]
+        torch.distributed.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
+        counts = torch.cat(counts).tolist()
+        padded = F.pad(rows, (0, 0, 0, max(counts) - len(rows)))
+        parts = [torch.empty_like(padded) for _ in range(processes)]
+        torch.distributed.all_gather(parts, padded)
+        ctx.own = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(gradient)
+        return gradient[ctx.own]
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """The rows of all processes, (M, C); each process gets back the gradient of its own."""
+    return _GatherRows.apply(rows) if join_processes()[1] > 1 else rows
+
+
+# One step
+
+
+@dataclass
+class PreparedRows:
+    """What a step needs of this process's rows, in tokens: made while the step before it runs."""
+
+    rows: list[Row]
+    num_rows: int  # of all processes: what sums over rows are divided by
     texts: dict[tuple[str, str], int]  # (text, kind) -> its number among the distinct texts
     token_ids: list[list[int]]  # of the distinct texts
-    prompts: list[Prompt]
+    judge_inputs: list
+    pieces: list[list[int]]  # rows that an objective takes together
+    judge_tokens: int
+
+
+def judge_inputs(builder: PromptBuilder | None, rows: list[Row], args, seed: tuple[int, ...]) -> list:
+    """What the judge reads for each row: DREAM, its prompt, the candidates in an order that depends on the
+    seed and the row alone; REPLUG, a prompt for each candidate; Revela, the text; InfoNCE, nothing."""
+    if args.objective == "dream":
+        return shuffled_prompts(builder, rows, *seed)
+    if args.objective == "replug":
+        single = [replace(row, documents=[d], positive=None) for row in rows for d in row.documents]
+        prompts = iter(builder.build(single))
+        return [[next(prompts) for _ in row.documents] for row in rows]
+    if args.objective == "revela":
+        return builder.plain([row.target for row in rows], args.max_length)
+    return [[] for _ in rows]
+
+
+def revela_groups(retriever: Embedder, rows: list[Row], size: int) -> list[list[Row]]:
+    """Groups of `size` different documents for Revela, each as a row: its first half asks, the group answers.
+
+    A group is a row's candidates, topped up with those of the rows that follow. There are as many groups as
+    the retriever's tokens pay for that another objective spends on these rows, at least one: a group costs
+    its documents and their first halves.
+    """
+
+    def tokens(texts: Iterable[str], kind: str) -> int:
+        return sum(map(len, retriever.tokenize(list(dict.fromkeys(texts)), kind)))
+
+    budget = tokens((row.query for row in rows if row.query), "query")
+    budget += tokens((document.full_text for row in rows for document in row.documents), "document")
+    groups, position, spent = [], 0, 0
+    while position < len(rows):
+        first, group = position, {}
+        while len(group) < size and position < first + len(rows):
+            group |= dict.fromkeys(rows[position % len(rows)].documents)
+            position += 1
+        documents = list(group)[:size]
+        halves = [first_half(document.full_text) for document in documents]
+        spent += tokens(halves, "query") + tokens((d.full_text for d in documents), "document")
+        if groups and spent > budget:
+            break
+        index, where = rows[first].index, rows[first].where
+        pairs = zip(halves, documents, strict=True)
+        groups.append([Row(index, half, d.full_text, documents, None, where) for half, d in pairs])
+    return groups
+
+
+def first_half(text: str) -> str:
+    words = text.split()
+    return " ".join(words[: (len(words) + 1) // 2])
 
 
 def prepare_rows(
-    retriever: Embedder, builder: PromptBuilder, rows: list[Row], seed: tuple[int, ...]
+    retriever: Embedder,
+    builder: PromptBuilder | None,
+    rows: list[Row],
+    args: argparse.Namespace,
+    seed: tuple[int, ...],
+    rank: int = 0,
+    processes: int = 1,
 ) -> PreparedRows:
-    """Tokenise queries, documents and prompts. seed: decides the candidates' order in the prompts."""
+    """Tokenise this process's share of a step's rows. seed: decides the candidates' order in the prompts."""
+    if args.objective == "revela":
+        groups = revela_groups(retriever, rows, args.group_size)
+        if len(groups) < processes:
+            raise InputError(f"--batch {args.batch}: makes {len(groups)} groups for {processes} processes")
+        num_rows, own = sum(map(len, groups)), groups[rank::processes]
+        rows = [row for group in own for row in group]
+    else:
+        num_rows, rows = len(rows), rows[rank::processes]
+    inputs = judge_inputs(builder, rows, args, seed)
+    if args.objective == "dream":
+        lengths = [len(prompt.input_ids) - 1 for prompt in inputs]
+    elif args.objective == "replug":
+        lengths = [sum(len(prompt.input_ids) - 1 for prompt in prompts) for prompts in inputs]
+    else:
+        lengths = [2 * len(token_ids) for token_ids in inputs]  # two passes
+    if args.objective == "revela":
+        ends = [0, *itertools.accumulate(map(len, own))]
+        pieces = [list(range(first, end)) for first, end in itertools.pairwise(ends)]
+    elif args.objective == "infonce":
+        pieces = [list(range(len(rows)))]
+    else:
+        order = sorted(range(len(rows)), key=lambda i: -lengths[i])  # of similar length: little padding
+        pieces = [order[i : i + args.judge_batch] for i in range(0, len(order), args.judge_batch)]
     texts = {(row.query, "query"): 0 for row in rows}
     texts |= {(document.full_text, "document"): 0 for row in rows for document in row.documents}
     for number, key in enumerate(texts):  # each distinct text is embedded once
@@ -194,11 +419,12 @@ def prepare_rows(
     token_ids: list[list[int]] = []
     for kind in ("query", "document"):
         token_ids += retriever.tokenize([text for text, own in texts if own == kind], kind)
-    return PreparedRows(rows, texts, token_ids, shuffled_prompts(builder, rows, *seed))
+    return PreparedRows(rows, num_rows, texts, token_ids, inputs, pieces, sum(lengths))
 
 
-SUMS = ("loss", "effective_candidates", "positive_weight", "labelled", "document_tokens_cut", "tokens")
-Objective = Callable[[JudgeBatch, Tensor], Tensor]  # (batch, log weights (B, N)) -> loss of each query (B,)
+SUMS = ("loss", "effective_candidates", "positive_weight", "labelled", "document_tokens_cut")
+SUMS += ("retriever_tokens", "tokens")
+Objective = Callable[[Scored], Tensor]  # -> loss of each row (B,)
 
 
 def training_step(
@@ -207,19 +433,16 @@ def training_step(
     prepared: PreparedRows,
     args: argparse.Namespace,
     seed: tuple[int, ...],
-    num_rows: int | None = None,
 ) -> dict[str, Tensor]:
-    """Add the gradient of the loss over the prepared rows to the retriever's trainable parameters.
+    """Add the gradient of the loss over the prepared rows to the trainable parameters.
 
-    seed: decides the dropout. num_rows: what the sum of losses is divided by, if these rows are a part of
-    more. Micro-batch sizes change nothing but rounding (and, where there is dropout, its masks). Returns sums
-    over rows as scalars on the device: the loss, the effective number of candidates exp(H(w)), the weight on
-    the relevant document where it is known and in how many rows it is; the document tokens that prompts cut,
-    and the tokens read.
+    seed: decides the dropout. Micro-batch sizes change nothing but rounding (and, where there is dropout, its
+    masks). Returns sums over rows as scalars on the device: the loss, the effective number of candidates
+    exp(H(w)), the weight on the relevant document where it is known and in how many rows it is; the document
+    tokens that prompts cut, and the tokens read, by the retriever and by all.
     """
     device = retriever.device
-    rows, texts, token_ids = prepared.rows, prepared.texts, prepared.token_ids
-    num_rows = num_rows or len(rows)
+    texts, token_ids = prepared.texts, prepared.token_ids
     by_length = sorted(range(len(token_ids)), key=lambda i: -len(token_ids[i]))
     chunks = [by_length[i : i + args.retriever_batch] for i in range(0, len(by_length), args.retriever_batch)]
 
@@ -235,49 +458,63 @@ def training_step(
     retriever_memory = partial(memory_advice, "--retriever-batch", args.retriever_batch)
     with retriever_memory(), torch.set_grad_enabled(len(chunks) == 1):
         parts = [embed(number) for number in range(len(chunks))]
-    position = torch.empty(len(token_ids), dtype=torch.int64)
-    position[torch.tensor(by_length)] = torch.arange(len(token_ids))  # text -> its row among the embeddings
-    embeddings = torch.cat([part.detach() for part in parts]).requires_grad_()  # (U, C) float32
+    position = to_device(torch.tensor(by_length).argsort(), device)  # of each text among the parts
+    embeddings = torch.cat([part.detach() for part in parts])[position].requires_grad_()  # (U, C) float32
+    num_queries = sum(kind == "query" for _, kind in texts)
+    digests = torch.tensor([[text_digest(text)] for text, kind in texts if kind == "document"])  # (D, 1)
+    digests = to_device(digests, device)
 
     # 2. Inject, predict, backward down to the embeddings.
     stats = {name: torch.zeros((), device=device) for name in SUMS}
-    pairs = sorted(zip(rows, prepared.prompts, strict=True), key=lambda pair: -len(pair[1].input_ids))
-    for first in range(0, len(rows), args.judge_batch):
-        some, own = zip(*pairs[first : first + args.judge_batch], strict=True)
-        batch = collate(own, device, args.inject_rows)
-        queries = [texts[row.query, "query"] for row in some]
-        padding = [0] * batch.present.shape[1]
-        documents = [
-            ([texts[d.full_text, "document"] for d in row.documents] + padding)[: len(padding)]
-            for row in some
-        ]
-        q = embeddings[to_device(position[queries], device)]  # (B, C)
-        d = embeddings[to_device(position[torch.tensor(documents)], device)]  # (B, N, C)
-        scores = torch.einsum("bc,bnc->bn", q, d)
-        log_weights = log_softmax_scores(scores, batch.present, args.temperature)
-        with memory_advice("--judge-batch", args.judge_batch):
-            loss = objective(batch, log_weights).sum()
-            (loss / num_rows).backward()
+    groups = args.objective == "revela"
+    judge_size = ("--group-size", args.group_size) if groups else ("--judge-batch", args.judge_batch)
+    for piece in prepared.pieces:
+        rows = [prepared.rows[i] for i in piece]
+        width = max(len(row.documents) for row in rows)
+        numbers = [[texts[d.full_text, "document"] for d in row.documents] for row in rows]
+        present = torch.tensor([[i < len(row) for i in range(width)] for row in numbers])
+        if groups:  # no text helps itself
+            present.fill_diagonal_(False)
+        present = to_device(present, device)
+        candidates = torch.tensor([(row + [num_queries] * width)[:width] for row in numbers])
+        candidates = to_device(candidates, device)
+        queries = to_device(torch.tensor([texts[row.query, "query"] for row in rows]), device)
+        q = embeddings[queries]  # (B, C)
+        scores = torch.einsum("bc,bnc->bn", q, embeddings[candidates])
+        log_weights = log_softmax_scores(scores, present, args.temperature)
+        scored = Scored(
+            rows,
+            [prepared.judge_inputs[i] for i in piece],
+            scores,
+            log_weights,
+            present,
+            q,
+            candidates - num_queries,
+            embeddings[num_queries:],
+            digests,
+        )
+        with memory_advice(*judge_size):
+            loss = objective(scored).sum()
+            (loss / prepared.num_rows).backward()
         with torch.no_grad():
             stats["loss"] += loss
-            entropy = -(log_weights.exp() * log_weights.masked_fill(~batch.present, 0.0)).sum(-1)  # (B,)
+            entropy = -(log_weights.exp() * log_weights.masked_fill(~present, 0.0)).sum(-1)  # (B,)
             stats["effective_candidates"] += entropy.exp().sum()
-            known = [(b, row.positive) for b, row in enumerate(some) if row.positive is not None]
+            known = [(b, row.positive) for b, row in enumerate(rows) if row.positive is not None]
             if known:
                 index = to_device(torch.tensor(known), device)
                 stats["positive_weight"] += log_weights[index[:, 0], index[:, 1]].exp().sum()
         stats["labelled"] += len(known)
-        stats["tokens"] += batch.num_tokens
 
     # 3. From the embeddings' gradient into the retriever.
-    start = 0
-    for number, part in enumerate(parts):
-        gradient = embeddings.grad[start : start + len(part)]
+    for number, (chunk, part) in enumerate(zip(chunks, parts, strict=True)):
+        gradient = embeddings.grad[to_device(torch.tensor(chunk), device)]
         with retriever_memory():
             (part if len(chunks) == 1 else embed(number)).backward(gradient)
-        start += len(part)
-    stats["document_tokens_cut"] += sum(prompt.tokens_cut for prompt in prepared.prompts)
-    stats["tokens"] += sum(map(len, token_ids))
+    if args.objective == "dream":
+        stats["document_tokens_cut"] += sum(prompt.tokens_cut for prompt in prepared.judge_inputs)
+    stats["retriever_tokens"] += sum(map(len, token_ids))
+    stats["tokens"] += prepared.judge_tokens + sum(map(len, token_ids))
     return stats
 
 
@@ -570,32 +807,81 @@ def print_report(labels: dict | None, num_rows: int, heads: Heads, total: int, r
 RUN_FILES = ("checkpoints.json", "settings.json", "heads.json", "metrics.jsonl", "results.json")
 
 
-def learning_rate(step: int, args: argparse.Namespace) -> float:
-    """Linear warm-up, then a cosine down to a tenth; step counts from 0."""
+def learning_rate(step: int, peak: float, args: argparse.Namespace) -> float:
+    """Linear warm-up to the peak, then a cosine down to a tenth; step counts from 0."""
     warmup = max(1, round(args.warmup * args.steps))
     if step < warmup:
-        return args.lr * (step + 1) / warmup
+        return peak * (step + 1) / warmup
     progress = (step - warmup) / max(1, args.steps - warmup)
-    return args.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
+    return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def step_rows(step: int, rows: Rows, usable: list[int], args: argparse.Namespace) -> list[Row]:
-    """The rows of a step: epoch after epoch in an order that depends on the seed and the epoch alone."""
+def refresh_candidates(
+    retriever: Embedder, rows: Rows, usable: list[int], args
+) -> tuple[CandidatePool, Tensor]:
+    """Mine every row's candidates anew, with the retriever as it is, among all documents of the rows.
+
+    Returns the pool and its numbers, (rows, N) int64: the retriever's best, -1 where there are no more.
+    """
+    pool = CandidatePool(rows, usable)
+    queries = {str(place): rows[index].query for place, index in enumerate(usable)}
+    dataset = RetrievalDataset("candidates", "", rows.path, queries, {}, documents=pool)
+    found = dense_hits(retriever, dataset, min(args.candidates, len(pool)), quiet=True).indices
+    return pool, torch.from_numpy(found)
+
+
+def with_candidates(row: Row, pool: CandidatePool, numbers: Tensor) -> Row:
+    """The row with other candidates: the relevant document where it is known, as in `mine`, and the best."""
+    source = [] if row.positive is None else [row.documents[row.positive]]
+    found = [pool[number][1] for number in numbers.tolist() if number >= 0]
+    documents = list(dict.fromkeys(source + found))[: len(numbers)]
+    return replace(row, documents=documents, positive=0 if source else None)
+
+
+def step_rows(
+    step: int,
+    rows: Rows,
+    usable: list[int],
+    args: argparse.Namespace,
+    mined: tuple[CandidatePool, Tensor] | None = None,
+) -> list[Row]:
+    """The rows of a step: epoch after epoch in an order that depends on the seed and the epoch alone.
+
+    mined: candidates that replace the rows' own, as `refresh_candidates` found them.
+    """
     chosen = []
     for number in range(step * args.batch, (step + 1) * args.batch):
         epoch, position = divmod(number, len(usable))
         if not chosen or position == 0:
             order = shuffled(len(usable), args.seed, epoch)
-        chosen.append(rows[usable[order[position]]])
+        row = rows[usable[order[position]]]
+        chosen.append(row if mined is None else with_candidates(row, mined[0], mined[1][order[position]]))
     return chosen
 
 
+def build_judge(args: argparse.Namespace, checkpoint: Checkpoint, resume: Path | None) -> CausalLM:
+    """The judge: frozen, or with adapters, where it learns too (--judge-lora, Revela)."""
+    judge = checkpoint.causal_lm()
+    if args.judge_lora or args.objective == "revela":
+        if resume:
+            load_adapter(judge.model, resume / "judge")
+        else:
+            torch.manual_seed(args.seed + 1)
+            add_lora(judge.model, args.lora_rank, args.lora_alpha, targets=args.lora_targets)
+        judge.model.activation_checkpointing = args.activation_checkpointing
+    return judge
+
+
 def build_retriever(
-    args: argparse.Namespace, device: torch.device, dtype: torch.dtype, judge: Checkpoint, resume: Path | None
+    args: argparse.Namespace,
+    device: torch.device,
+    dtype: torch.dtype,
+    judge: Checkpoint | None,
+    resume: Path | None,
 ) -> Embedder:
     """The retriever to train: a base with LoRA, or all its weights in float32; or as saved in `resume`."""
     folder = find_folder(args.retriever)
-    same = folder.resolve() == judge.folder.resolve()
+    same = judge is not None and folder.resolve() == judge.folder.resolve()
     if args.full:
         checkpoint = Checkpoint(resume or folder, device, torch.float32)
         decoder = checkpoint.decoder().requires_grad_()
@@ -612,30 +898,45 @@ def build_retriever(
     return Embedder(decoder, tokenizer, args.max_length, prompts, args.append_eos, dtype)
 
 
-def trainable(retriever: Embedder) -> dict[str, torch.nn.Parameter]:
-    return {name: p for name, p in retriever.decoder.named_parameters() if p.requires_grad}
+def trainable(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
+def trained(retriever: Embedder, judge: CausalLM | None) -> dict[str, torch.nn.Parameter]:
+    """All that the optimizer moves: the retriever's, then the judge's where it learns too."""
+    own = {f"judge.{name}": p for name, p in trainable(judge).items()} if judge else {}
+    return {name.removeprefix("decoder."): p for name, p in trainable(retriever).items()} | own
 
 
 def save_checkpoint(
     out: Path,
     step: int,
     retriever: Embedder,
+    judge: CausalLM | None,
     optimizer: torch.optim.Optimizer,
     args: argparse.Namespace,
     best: dict,
+    candidates: Tensor | None = None,
 ) -> None:
-    """Write OUT/step-N whole or not at all, point checkpoints.json at it, keep the last ones and the best."""
+    """Write OUT/step-N whole or not at all, point checkpoints.json at it, keep the last ones and the best.
+
+    A judge that learns is kept as an adapter in its folder judge; candidates mined anew, as numbers.
+    """
     folder = out / f"step-{step:06d}"
     temporary = out / f".{folder.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     base = Path(args.retriever)
     save_embedder(retriever, temporary, str(base.resolve()) if base.is_dir() else args.retriever)
+    if judge is not None and learns(judge):
+        save_adapter(judge.model, temporary / "judge", args.judge)
     state = {
         f"{name}.{key}": value.contiguous()
-        for name, parameter in trainable(retriever).items()
+        for name, parameter in trained(retriever, judge).items()
         for key, value in optimizer.state[parameter].items()
     }
     save_file(state, temporary / "optimizer.safetensors")
+    if candidates is not None:
+        save_file({"candidates": candidates}, temporary / "candidates.safetensors")
     write_atomic(temporary / "trainer.json", json.dumps({"step": step, "best": best}, indent=1) + "\n")
     sync(temporary)
     shutil.rmtree(folder, ignore_errors=True)
@@ -647,25 +948,31 @@ def save_checkpoint(
             shutil.rmtree(other)
 
 
-def check_rows(rows: Rows, builder: PromptBuilder, args: argparse.Namespace) -> None:
-    """Every row's prompt must be buildable now, not after hours; tells what is cut and left out."""
+def check_prompts(rows: Rows, builder: PromptBuilder, args: argparse.Namespace) -> None:
+    """Every row's prompt must be buildable now, not after hours; tells how many targets are cut."""
     cut = 0
     for first in tqdm(range(0, len(rows), 1024), desc="check", unit="x1024 rows", disable=len(rows) < 50_000):
         cut += builder.check([rows[i] for i in range(first, min(first + 1024, len(rows)))])
-    print(
-        f"{args.train}: {len(rows):,} rows; {rows.skipped:,} left out that have a single candidate; "
-        f"{cut:,} targets cut to {args.max_target} tokens",
-        flush=True,
-    )
+    print(f"{cut:,} targets cut to {args.max_target} tokens", flush=True)
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, retriever: Embedder, folder: Path) -> None:
+def check_labels(rows: Rows, usable: list[int], args: argparse.Namespace) -> None:
+    for index in tqdm(usable, desc="check", unit="row", disable=len(rows) < 50_000):
+        if (row := rows[index]).positive is None:
+            raise InputError(
+                f"{row.where}: --objective infonce needs 'positive', the index of the relevant document, "
+                f"among the first {args.candidates} (--candidates)"
+            )
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, names: Iterable[str], folder: Path) -> None:
+    """The optimizer's state as `save_checkpoint` left it, for parameters of these names, in this order."""
     path = folder / "optimizer.safetensors"
     try:
         saved = load_file(path)
         state = {
             number: {key: saved[f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-            for number, name in enumerate(trainable(retriever))
+            for number, name in enumerate(names)
         }
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file; the run cannot go on from this checkpoint") from error
@@ -758,7 +1065,7 @@ def fit(
         if not args.overwrite:
             raise InputError(f"{out}: holds a run already; --resume {out} goes on, --overwrite starts anew")
 
-    rows = Rows(args.train, args.candidates)
+    rows = Rows(args.train, args.candidates, documents_only=args.objective == "revela")
     begun_with = vars(args).get("rows_fingerprint", rows.fingerprint)
     if args.resume and not args.change_settings and rows.fingerprint != begun_with:
         raise InputError(f"{args.train}: has changed since the run began; --change-settings goes on with it")
@@ -773,91 +1080,117 @@ def fit(
         if others:
             raise InputError(f"--dev {args.dev}: has several parts; give one of them")
 
-    checkpoint = Checkpoint(args.judge, device, dtype)
-    judge = checkpoint.causal_lm()
-    builder = make_builder(args, checkpoint.config, checkpoint.folder)
-    check_rows(rows, builder, args)
+    checkpoint = judge = builder = None
+    if args.objective != "infonce":  # which asks no judge
+        checkpoint = Checkpoint(args.judge, device, dtype)
+        judge = build_judge(args, checkpoint, resume)
+        builder = make_builder(args, checkpoint.config, checkpoint.folder)
+    print(
+        f"{args.train}: {len(rows):,} rows; {rows.skipped:,} left out that have a single candidate",
+        flush=True,
+    )
+    if args.objective == "infonce":
+        check_labels(rows, usable, args)
+    elif args.objective != "revela":
+        check_prompts(rows, builder, args)
     retriever = build_retriever(args, device, dtype, checkpoint, resume)
-    if resume:
+    heads = []
+    if resume and args.objective == "dream":
         heads = read_heads(out / "heads.json", read_json(out / "heads.json"), judge.config)
-    else:
-        heads = []
-        if rank == 0:
+    elif not resume:
+        saved = None
+        if rank == 0 and args.objective == "dream":
             heads, saved = select_heads(judge, builder, held_out, args, device)
-            if args.overwrite:  # only now that all input was read: --heads may lie in there
-                for name in RUN_FILES:
-                    (out / name).unlink(missing_ok=True)
-                for old in out.glob("step-*/trainer.json"):
-                    shutil.rmtree(old.parent)
+        if rank == 0 and args.overwrite:  # only now that all input was read: --heads may lie in there
+            for name in RUN_FILES:
+                (out / name).unlink(missing_ok=True)
+            for old in out.glob("step-*/trainer.json"):
+                shutil.rmtree(old.parent)
+        if saved:
             write_atomic(out / "heads.json", json.dumps(saved) + "\n")
-        heads = share_heads(heads, judge.config, device)
+        if judge:
+            heads = share_heads(heads, judge.config, device)
         results = {"bm25": [], "before": [], "after": []}
         for dataset in tests:
-            results["before"].append(evaluate_embedder(retriever, dataset))
+            results["before"].append(evaluate_embedder(retriever, dataset, per_query=True))
             if rank == 0:
                 hits = bm25_hits(dataset, 100, quiet=True)
-                results["bm25"].append(evaluate_hits(dataset, hits, 100)[0])
+                results["bm25"].append(evaluate_hits(dataset, hits, 100, per_query=True)[0])
         if rank == 0:
             write_atomic(out / "results.json", json.dumps(results, indent=1) + "\n")
+    names = trained(retriever, judge)
     if rank == 0:
         settings = {**vars(args), "rows": len(rows), "rows_fingerprint": rows.fingerprint, "resume": None}
         settings |= {"change_settings": False, "overwrite": False}
         write_atomic(out / "settings.json", json.dumps(settings, indent=1) + "\n")
-        check_space(out, retriever, args)
-    tensors = head_tensors(heads, device)
-
-    def objective(batch: JudgeBatch, log_weights: Tensor) -> Tensor:
-        return dream_loss(judge, batch, log_weights, tensors, args.document_mass == "keep")
-
+        check_space(out, names.values(), args)
+    objective = make_objective(args, judge, heads, device)
     retriever.decoder.activation_checkpointing = args.activation_checkpointing
-    parameters = list(trainable(retriever).values())
+    parameters = list(names.values())
     if processes > 1:
         for parameter in parameters:
             torch.distributed.broadcast(parameter.data, src=0)
     optimizer = torch.optim.AdamW(
-        parameters,
-        lr=args.lr,
+        [
+            {
+                "params": [p for name, p in names.items() if name.startswith("judge.") == of_judge],
+                "peak": peak,
+            }
+            for of_judge, peak in ((False, args.lr), (True, args.judge_lr or args.lr))
+        ],
         weight_decay=args.weight_decay,
         fused=True,  # the kind that can leave out a step without asking the device
     )
-    first_step, best = 0, {}
+    first_step, best, mined = 0, {}, None
     if resume:
-        load_optimizer(optimizer, retriever, resume)
+        load_optimizer(optimizer, names, resume)
         state = read_json(resume / "trainer.json")
         first_step, best = state.get("step"), state.get("best")
         if type(first_step) is not int or first_step < 1 or not isinstance(best, dict):
             raise InputError(f"{resume / 'trainer.json'}: 'step' or 'best' is missing or wrong")
+        if (resume / "candidates.safetensors").exists():
+            mined = CandidatePool(rows, usable), load_candidates(resume / "candidates.safetensors", usable)
     log = Log(out / "metrics.jsonl" if rank == 0 else None, first_step)
     bar = tqdm(total=args.steps, initial=first_step, desc="train", unit="step", disable=rank > 0)
 
     def prepared() -> Iterator[PreparedRows]:
-        for step in range(first_step, args.steps):
-            own = step_rows(step, rows, usable, args)[rank::processes]
-            yield prepare_rows(retriever, builder, own, (args.seed, step))
+        """Every step's rows, those of the next in the background; candidates mined anew in between."""
+        nonlocal mined
+        every = args.refresh_candidates or args.steps
+        for first in range(first_step // every * every, args.steps, every):
+            if first and first >= first_step:
+                mined = refresh_candidates(retriever, rows, usable, args)
+            steps = range(max(first, first_step), min(first + every, args.steps))
+            some = (step_rows(step, rows, usable, args, mined) for step in steps)
+            seeds = ((args.seed, step) for step in steps)
+            yield from one_ahead(
+                prepare_rows(retriever, builder, own, args, seed, rank, processes)
+                for own, seed in zip(some, seeds, strict=True)
+            )
 
     with Interrupt() as interrupt, bar:
-        for step, batch in enumerate(one_ahead(prepared()), first_step):
+        for step, batch in enumerate(prepared(), first_step):
             started = time.perf_counter()
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, args)
+                group["lr"] = learning_rate(step, group["peak"], args)
             retriever.train()
-            stats = training_step(retriever, objective, batch, args, (args.seed, step, rank), args.batch)
+            stats = training_step(retriever, objective, batch, args, (args.seed, step, rank))
             if processes > 1:
                 stats = add_up(stats, parameters)
-            stats = per_row(stats, args.batch)
+            stats = per_row(stats, batch.num_rows)
             stats["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, args.clip)
             stats["skipped"] = ~(stats["grad_norm"].isfinite() & stats["loss"].isfinite())
             optimizer.found_inf = stats["skipped"].float()  # where it is 1, AdamW changes nothing
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            stats["lr"] = learning_rate(step, args)
+            stats["lr"] = learning_rate(step, args.lr, args)
             log.add(step + 1, stats, time.perf_counter() - started, [row.index for row in batch.rows])
             bar.update()
             stopped, done = interrupt.agreed(), step + 1 == args.steps
             due = (step + 1) % args.eval_every == 0 or done
             if step == first_step or (step + 1) % 10 == 0 or due or stopped:
                 bar.set_postfix(log.flush())
-            if step == 0:
+            if step == 0 and args.objective != "revela":  # its own temperature is one-hot by design
                 warn_about_temperature(log.last, max(len(row.documents) for row in batch.rows), args)
             if due and dev is not None:
                 score = evaluate_embedder(retriever, dev)["metrics"]["ndcg@10"]
@@ -868,7 +1201,8 @@ def fit(
                     best = {"step": step + 1, "ndcg@10": score}
             if rank == 0 and (due or stopped):
                 log.sync()
-                save_checkpoint(out, step + 1, retriever, optimizer, args, best)
+                numbers = mined[1] if mined else None
+                save_checkpoint(out, step + 1, retriever, judge, optimizer, args, best, numbers)
             if stopped and not done:
                 break
     bar.close()
@@ -876,9 +1210,31 @@ def fit(
     return stopped if args.steps > first_step and not done else None
 
 
-def check_space(out: Path, retriever: Embedder, args: argparse.Namespace) -> None:
+def make_objective(
+    args: argparse.Namespace, judge: CausalLM | None, heads: Heads, device: torch.device
+) -> Objective:
+    if args.objective == "dream":
+        return partial(dream_objective, judge=judge, heads=head_tensors(heads, device), args=args)
+    if args.objective == "infonce":
+        return partial(infonce_objective, args=args)
+    return partial(
+        {"replug": replug_objective, "revela": revela_objective}[args.objective], judge=judge, args=args
+    )
+
+
+def load_candidates(path: Path, usable: list[int]) -> Tensor:
+    try:
+        candidates = load_file(path)["candidates"]
+    except (SafetensorError, OSError, KeyError) as error:
+        raise InputError(f"{path}: not a whole file of this run's candidates ({error})") from error
+    if len(candidates) != len(usable):
+        raise InputError(f"{path}: holds candidates of {len(candidates)} rows, the run has {len(usable)}")
+    return candidates
+
+
+def check_space(out: Path, parameters: Iterable[torch.nn.Parameter], args: argparse.Namespace) -> None:
     """Tell now, not after hours, that the checkpoints will not fit on the disk. Raises InputError."""
-    weights = sum(parameter.numel() for parameter in trainable(retriever).values())
+    weights = sum(parameter.numel() for parameter in parameters)
     # Weights and two moments in float32; beside those kept, the best and the one being written.
     need = 12 * weights * (args.keep + 2)
     if need > (free := shutil.disk_usage(out).free):
@@ -1106,7 +1462,8 @@ def make_builder(args: argparse.Namespace, config: Config, folder: Path) -> Prom
     tokenizer = load_tokenizer(folder, config)
     bos = config.bos_token_id if tokenizer.encode("a").ids[:1] == [config.bos_token_id] else None
     context = min(args.judge_context or 8192, config.context)
-    return PromptBuilder(tokenizer, context, args.max_target, args.judge_template, bos)
+    isolate = vars(args).get("isolate_documents", False)  # `mine` has no such flag
+    return PromptBuilder(tokenizer, context, args.max_target, args.judge_template, bos, isolate)
 
 
 def heads(args: argparse.Namespace) -> None:
@@ -1119,7 +1476,7 @@ def heads(args: argparse.Namespace) -> None:
     aside = shuffled(len(rows), args.seed)[: args.head_examples]
     checkpoint = Checkpoint(args.judge, device, dtype)
     builder = make_builder(args, checkpoint.config, checkpoint.folder)
-    check_rows(rows, builder, args)
+    check_prompts(rows, builder, args)
     _, saved = select_heads(checkpoint.causal_lm(), builder, [rows[i] for i in aside], args, device)
     write_atomic(args.out, json.dumps(saved) + "\n")
     print(f"written: {args.out}")
@@ -1245,7 +1602,32 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "documents per query, the first ones of a row",
         type=number(int, 2),
     )
-    flag("t", "temperature", 0.05, float, "tau of softmax(cosine / tau)", type=number(float, 0, above=True))
+    flag("t", "objective", "dream", None, "what teaches the retriever", choices=list(TEMPERATURES))
+    flag(
+        "t",
+        "temperature",
+        TEMPERATURES["dream"],
+        float,
+        "tau of softmax(cosine / tau); replug 0.1, revela 0.0001",
+        type=number(float, 0, above=True),
+    )
+    flag("t", "judge_lora", False, bool, "let adapters of the judge learn too (revela: always)")
+    flag("t", "judge_lr", None, float, "their peak learning rate (default: --lr)")
+    flag("t", "in_batch_negatives", False, bool, "infonce: other queries' documents count as well")
+    flag(
+        "t",
+        "judge_temperature",
+        0.1,
+        float,
+        "replug: beta of softmax(log p / beta)",
+        type=number(float, 0, above=True),
+    )
+    flag("t", "target_likelihood", "mean", None, "replug: log p a token, or summed", choices=["mean", "sum"])
+    flag("t", "kl", "forward", None, "replug: KL(P || Q), or reverse", choices=["forward", "reverse"])
+    flag("t", "group_size", 16, int, "revela: documents that read one another", type=number(int, 2))
+    flag("t", "normalise_values", False, bool, "revela: divide what is read by the values' norm")
+    flag("t", "refresh_candidates", None, int, "mine candidates anew with the retriever, every so many steps")
+    flag("th", "isolate_documents", False, bool, "no document of a prompt sees another")
     flag("th", "heads", "top", "WHICH", "top, random, worst, all, or a file that `heads` wrote")
     flag("th", "num_heads", None, int, "how many (default: 16, at most a quarter of all)")
     flag("th", "head_examples", 128, int, "rows set aside to choose them")
@@ -1305,13 +1687,16 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         settings |= {
             k: v for k, v in DEMO_DEFAULTS.items() if k in settings and (k, command) != ("out", "heads")
         }
+    if command == "train" and not given.get("resume"):
+        settings["temperature"] = TEMPERATURES[given.get("objective", "dream")]
     settings |= given
     for name in ("train", "judge", "retriever"):  # found again from any folder
         if settings.get(name) and Path(settings[name]).exists():
             settings[name] = str(Path(settings[name]).resolve())
     # Its text, so that a file that is changed later changes no run.
     settings["judge_template"] = read_template(settings["judge_template"])
-    for name in ("judge", "retriever", "out"):
+    needed = ("retriever", "out") if settings.get("objective") == "infonce" else ("judge", "retriever", "out")
+    for name in needed:
         if settings.get(name, "") is None:
             parser.error(f"--{name} is missing; it is needed beside --train")
     return argparse.Namespace(**{**settings, "command": command})
@@ -1321,7 +1706,9 @@ def check_settings(path: Path, settings: dict, defaults: dict) -> dict:
     """The settings of a run, of the types that the flags give. Raises InputError."""
     for name, value in settings.items():
         default = defaults.get(name)
-        kinds = {float: (int, float), type(None): (int, str, type(None))}.get(type(default), type(default))
+        kinds = {float: (int, float), type(None): (int, float, str, type(None))}.get(
+            type(default), type(default)
+        )
         kinds = str if name in ("train", "judge", "retriever", "out") else kinds
         if name in defaults and not isinstance(value, kinds):
             raise InputError(f"{path}: {name} is {value!r}, not what the flag gives")

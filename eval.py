@@ -591,10 +591,11 @@ def evaluate_embedder(
     batch_tokens: int | None = None,
     keep_identical_ids: bool = False,
     quiet: bool = True,
+    per_query: bool = False,
 ) -> dict:
     """Encode, search and score one dataset: {"dataset", "split", "queries", "documents", "metrics", ...}."""
     hits = dense_hits(embedder, dataset, k + MARGIN, batch_tokens, quiet=quiet)
-    return evaluate_hits(dataset, hits, k, keep_identical_ids)[0]
+    return evaluate_hits(dataset, hits, k, keep_identical_ids, per_query)[0]
 
 
 def write_run(path: Path, run: dict[str, dict[str, float]], tag: str) -> None:

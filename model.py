@@ -31,7 +31,7 @@ from tokenizers import Tokenizer, processors
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from attention import Injection, attention, attention_to_keys, exact
+from attention import CrossDocument, Injection, attention, attention_to_keys, exact
 from data import HUB_NAME, InputError, fetch_repository, inside, longest_token, pad, read_json, write_atomic
 
 CPU = torch.device("cpu")
@@ -209,11 +209,11 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @dataclass
 class Cache:
-    """Keys and values of prefixes, per layer (B, Hkv, P, D), right-padded; lengths: (B,) int64."""
+    """Keys and values of prefixes, layer -> (B, Hkv, P, D), right-padded; lengths: (B,) int64."""
 
     lengths: Tensor
-    keys: list[Tensor] = field(default_factory=list)
-    values: list[Tensor] = field(default_factory=list)
+    keys: dict[int, Tensor] = field(default_factory=dict)
+    values: dict[int, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -233,7 +233,7 @@ class Context:
     visible: Tensor | None
     prefix: Cache | None
     store: Cache | None
-    injection: Injection | None
+    injection: Injection | CrossDocument | None
     probe: Probe | None
 
 
@@ -261,8 +261,7 @@ class Attention(nn.Module):
         k = self.k_norm(k) if hasattr(self, "k_norm") else k
         k = apply_rope(k.transpose(1, 2), context.cos, context.sin)  # (B, Hkv, T, D)
         if context.store is not None:
-            context.store.keys.append(k)
-            context.store.values.append(v)
+            context.store.keys[self.layer], context.store.values[self.layer] = k, v
         return k, v
 
     def forward(self, x: Tensor, context: Context, last: Tensor | None = None) -> Tensor:
@@ -327,21 +326,22 @@ class Decoder(nn.Module):
         input_ids: Tensor,
         prefix: Cache | None = None,
         store: Cache | None = None,
-        injection: Injection | None = None,
+        injection: Injection | CrossDocument | None = None,
         probe: Probe | None = None,
         last: Tensor | None = None,
+        visible: Tensor | None = None,
     ) -> Tensor | None:
         """Hidden states (B, T, C) after the final norm, of right-padded rows of token ids (B, T).
 
         prefix: keys and values that come before these rows; positions go on from each prefix's own length.
         store: an empty Cache that takes these rows' keys and values: that is all that is then computed, and
         nothing is returned. probe: needs a prefix. last: (B,) the one row of each text that is wanted; then
-        (B, 1, C) is returned, and the last layer computes no other. Without a prefix only.
+        (B, 1, C) is returned, and the last layer computes no other. visible: (B, T, T) bool, the keys that
+        each row sees, where that is not all before it. The last two without a prefix only.
         """
         batch, rows = input_ids.shape
         device = input_ids.device
         positions = torch.arange(rows, device=device)[None]  # (1, T)
-        visible = None
         if prefix is not None:
             positions = prefix.lengths[:, None] + positions  # (B, T)
             width = prefix.keys[0].shape[2]
@@ -927,6 +927,31 @@ def save_weights(module: CausalLM | Decoder, folder: Path, dtype: torch.dtype) -
     write_atomic(folder / "config.json", text + "\n")
 
 
+def save_adapter(decoder: Decoder, folder: Path, base: str) -> None:
+    """The decoder's LoRA adapters in PEFT's files. base: the checkpoint that they belong to."""
+    folder.mkdir(parents=True, exist_ok=True)
+    adapters = lora_layers(decoder)
+    some = next(iter(adapters.values()))
+    name, _, revision = (base, "", "") if Path(base).is_dir() else base.partition("@")
+    r = some.lora_A.out_features
+    config = {
+        "peft_type": "LORA",
+        "task_type": "FEATURE_EXTRACTION",
+        "base_model_name_or_path": name,
+        "revision": revision or None,
+        "r": r,
+        "lora_alpha": some.scaling * r,
+        "lora_dropout": some.dropout,
+        "target_modules": sorted({name.rsplit(".", 1)[-1] for name in adapters}),
+        "bias": "none",
+        "inference_mode": True,
+    }
+    write_atomic(folder / "adapter_config.json", json.dumps(config, indent=1) + "\n")
+    state = decoder.state_dict()
+    tensors = {f"base_model.model.{name}": t.contiguous() for name, t in state.items() if ".lora_" in name}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
 def save_embedder(embedder: Embedder, folder: Path, base: str = "", modules: bool = True) -> None:
     """A folder that load_embedder, PEFT and sentence-transformers load: the adapter, or all weights where
     there is none.
@@ -934,30 +959,8 @@ def save_embedder(embedder: Embedder, folder: Path, base: str = "", modules: boo
     base: the checkpoint that the adapter belongs to. modules: with sentence-transformers' module files;
     without them a merged checkpoint is a plain one that also knows its length and prompts.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    adapters = lora_layers(embedder.decoder)
-    if adapters:
-        some = next(iter(adapters.values()))
-        name, _, revision = (base, "", "") if Path(base).is_dir() else base.partition("@")
-        r = some.lora_A.out_features
-        config = {
-            "peft_type": "LORA",
-            "task_type": "FEATURE_EXTRACTION",
-            "base_model_name_or_path": name,
-            "revision": revision or None,
-            "r": r,
-            "lora_alpha": some.scaling * r,
-            "lora_dropout": some.dropout,
-            "target_modules": sorted({name.rsplit(".", 1)[-1] for name in adapters}),
-            "bias": "none",
-            "inference_mode": True,
-        }
-        write_atomic(folder / "adapter_config.json", json.dumps(config, indent=1) + "\n")
-        state = embedder.decoder.state_dict()
-        tensors = {
-            f"base_model.model.{name}": t.contiguous() for name, t in state.items() if ".lora_" in name
-        }
-        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    if lora_layers(embedder.decoder):
+        save_adapter(embedder.decoder, folder, base)
     else:
         save_weights(embedder.decoder, folder, embedder.decoder.embed_tokens.weight.dtype)
     tokenizer = Tokenizer.from_str(embedder.tokenizer.to_str())

@@ -335,16 +335,17 @@ def step_works(world: World) -> Works:
     retriever, rows = bench.retriever, bench.rows
     texts = [row.query for row in rows] + [d.text for row in rows for d in row.documents]
     ids = retriever.tokenize(texts, "document")
-    args = {"temperature": 0.05, "judge_batch": judge_batch, "inject_rows": "target", "lora_dropout": 0.0}
+    args = {"objective": "dream", "temperature": 0.05, "judge_batch": judge_batch, "lora_dropout": 0.0}
+    args |= {"inject_rows": "target", "document_mass": "keep"}
 
-    def objective(batch, log_weights):
-        return dream.dream_loss(bench.judge, batch, log_weights, bench.heads)
+    def objective(scored):
+        return dream.dream_objective(scored, bench.judge, bench.heads, argparse.Namespace(**args))
 
     def step(retriever_batch: int) -> Callable[[], object]:
         own = argparse.Namespace(**args, retriever_batch=retriever_batch)
 
         def work() -> float:
-            prepared = dream.prepare_rows(retriever, bench.builder, rows, (0, 1))
+            prepared = dream.prepare_rows(retriever, bench.builder, rows, own, (0, 1))
             stats = dream.training_step(retriever, objective, prepared, own, (0, 1))
             retriever.zero_grad()
             return float(stats["loss"])

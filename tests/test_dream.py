@@ -15,6 +15,7 @@ from data import InputError, PromptBuilder, collate, shuffled
 from model import Embedder, add_lora, load_embedder
 
 SETTINGS = argparse.Namespace(
+    objective="dream",
     temperature=0.3,
     judge_batch=2,
     retriever_batch=3,
@@ -48,7 +49,7 @@ def world(tmp_path, dropout=0.0):
     return judge, retriever, builder, make_rows([3, 5, 2, 4, 3])
 
 
-def plain_gradients(judge, retriever, builder, rows, args, seed):
+def plain_gradients(judge, retriever, builder, rows, args, seed, parameters=None):
     """The slow twin: every text alone, every prompt whole, no cache, no micro-batches, one graph."""
     loss = 0.0
     for row in rows:
@@ -67,7 +68,8 @@ def plain_gradients(judge, retriever, builder, rows, args, seed):
         ids = torch.tensor([prompt.input_ids])
         logits = judge.lm_head(judge.model(ids, injection=injection))[0, prompt.target_start - 1 : -1]
         loss += torch.nn.functional.cross_entropy(logits, ids[0, prompt.target_start :]) / len(rows)
-    return loss.detach(), torch.autograd.grad(loss, list(dream.trainable(retriever).values()))
+    parameters = parameters or list(dream.trainable(retriever).values())
+    return loss.detach(), torch.autograd.grad(loss, parameters)
 
 
 @pytest.mark.parametrize("inject_rows", ["target", "suffix"])
@@ -83,11 +85,11 @@ def test_step_equals_one_plain_graph(tmp_path, inject_rows, document_mass, judge
     )
     tensors = dream.head_tensors(HEADS, CPU)
 
-    def objective(batch, log_weights):
-        return dream.dream_loss(judge, batch, log_weights, tensors, document_mass == "keep")
+    def objective(scored):
+        return dream.dream_objective(scored, judge, tensors, args)
 
     retriever.decoder.activation_checkpointing = retriever_batch == 7
-    prepared = dream.prepare_rows(retriever, builder, rows, (0, 5))
+    prepared = dream.prepare_rows(retriever, builder, rows, args, (0, 5))
     stats = dream.per_row(dream.training_step(retriever, objective, prepared, args, (0, 5)), len(rows))
     loss, expected = plain_gradients(judge, retriever, builder, rows, args, (0, 5))
     torch.testing.assert_close(stats["loss"], loss.to(stats["loss"].dtype))
@@ -106,8 +108,8 @@ def test_dropout_is_replayed_in_the_second_pass(tmp_path):
     graphs = []
     original = retriever.embed
 
-    def objective(batch, log_weights):
-        return dream.dream_loss(judge, batch, log_weights, tensors)
+    def objective(scored):
+        return dream.dream_objective(scored, judge, tensors, args)
 
     def embed(token_ids):
         out = original(token_ids)
@@ -115,9 +117,8 @@ def test_dropout_is_replayed_in_the_second_pass(tmp_path):
         return out
 
     retriever.embed = embed
-    dream.training_step(
-        retriever, objective, dream.prepare_rows(retriever, builder, rows, (0, 1)), args, (0, 1)
-    )
+    prepared = dream.prepare_rows(retriever, builder, rows, args, (0, 1))
+    dream.training_step(retriever, objective, prepared, args, (0, 1))
     first, second = graphs[: len(graphs) // 2], graphs[len(graphs) // 2 :]
     for (ids, out), (again_ids, again) in zip(first, second, strict=True):
         assert ids == again_ids and torch.equal(out, again)

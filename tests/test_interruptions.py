@@ -187,7 +187,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_told(world, tmp_path, monkeypa
     folder, command = world
     states = []
     monkeypatch.setattr(
-        dream, "save_checkpoint", lambda out, step, r, o, *rest: states.append(snapshot(r, o))
+        dream, "save_checkpoint", lambda out, step, r, judge, o, *rest: states.append(snapshot(r, o))
     )
 
     def snapshot(retriever, optimizer):
