@@ -547,6 +547,63 @@ class CandidatePool:
         return str(number), documents[self._places[number]]
 
 
+# Rows from raw text (`mine --from-text`)
+
+PASSAGE_WORDS = 100  # of whole sentences; a longer sentence is a passage by itself
+
+
+def sentences(text: str) -> list[str]:
+    """Cut after a full stop, question or exclamation mark, a space, and before a capital or a figure."""
+    return [part for part in re.split(r"(?<=[.!?])\s+(?=[\"'(\[]?[A-Z0-9])", text.strip()) if part]
+
+
+def passages(text: str, words: int = PASSAGE_WORDS) -> Iterator[str]:
+    """A text in passages of whole sentences of about so many words."""
+    held, count = [], 0
+    for sentence in sentences(text):
+        length = len(sentence.split())
+        if held and count + length > words:
+            yield " ".join(held)
+            held, count = [], 0
+        held.append(sentence)
+        count += length
+    if held:
+        yield " ".join(held)
+
+
+def text_question(text: str, recipe: str, *seed: int) -> tuple[str, str, str] | None:
+    """A query and a target out of a passage, and the passage as a candidate may show it; None if it has none.
+
+    "next": a sentence asks, the sentence after it is the target, and the passage shows all but the one that
+    asks. "rest": the first words of a sentence ask, its last third (up to eight words) is the target, and the
+    passage stays whole. Which sentence is drawn by the seed. A target that the query gives away (it occurs
+    there, or they share four words in a row) is passed over.
+    """
+    parts = sentences(text)
+    for number in shuffled(len(parts), *seed):
+        words = parts[number].split()
+        if recipe == "next" and number + 1 < len(parts):
+            query, target = parts[number], parts[number + 1]
+            shown = " ".join(parts[:number] + parts[number + 1 :])
+        elif recipe == "rest":
+            cut = len(words) - min(max(len(words) // 3, 1), 8)
+            query, target, shown = " ".join(words[:cut]), " ".join(words[cut:]), text
+        else:
+            continue
+        if len(query.split()) >= 4 and not _gives_away(query, target):
+            return query, target, shown
+    return None
+
+
+def _gives_away(query: str, target: str) -> bool:
+    query_words, target_words = (re.findall(r"\w+", text.lower()) for text in (query, target))
+    size = min(4, len(target_words))
+    runs = {tuple(query_words[i : i + size]) for i in range(len(query_words) - size + 1)}
+    return not size or any(
+        tuple(target_words[i : i + size]) in runs for i in range(len(target_words) - size + 1)
+    )
+
+
 def text_digest(text: str) -> int:
     """A 64-bit number that tells texts apart, the same in every process."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)

@@ -56,6 +56,7 @@ from attention import CrossDocument, Injection, exact, isolated_documents
 from data import (
     CandidatePool,
     Corpus,
+    Document,
     InputError,
     JsonLines,
     JudgeBatch,
@@ -68,11 +69,13 @@ from data import (
     collate,
     inside,
     pad,
+    passages,
     read_json,
     read_template,
     shuffled,
     sync,
     text_digest,
+    text_question,
     to_device,
     token_batches,
     write_atomic,
@@ -1364,15 +1367,22 @@ def mine(args: argparse.Namespace) -> None:
     """Training rows from a corpus and questions with answers: the source passage, where it is known, and the
     best other documents by BM25 or an embedder. Answers are not used to choose candidates."""
     check_writable(args.out)
-    path = Path(args.corpus)
+    out, path = Path(args.out), Path(args.corpus)
     corpus = Corpus(path / "corpus.jsonl" if path.is_dir() else path)
-    numbers = {doc_id: number for number, doc_id in enumerate(corpus.ids)}
-    lines = JsonLines(Path(args.questions))
-    questions = [read_question(lines, index, numbers, corpus) for index in range(len(lines))]
-    if args.limit and args.limit < len(questions):
-        questions = [questions[i] for i in sorted(shuffled(len(questions), args.seed)[: args.limit])]
+    if args.from_text or args.groups:
+        corpus = cut_into_passages(corpus, out)
+    if args.groups:
+        return write_groups(corpus, out, args.groups)
+    if args.from_text:
+        questions = text_questions(corpus, args)
+    else:
+        numbers = {doc_id: number for number, doc_id in enumerate(corpus.ids)}
+        lines = JsonLines(Path(args.questions))
+        questions = [read_question(lines, index, numbers, corpus) for index in range(len(lines))]
+        if args.limit and args.limit < len(questions):
+            questions = [questions[i] for i in sorted(shuffled(len(questions), args.seed)[: args.limit])]
     if not questions:
-        raise InputError(f"{args.questions}: no questions")
+        raise InputError(f"{args.questions or args.corpus}: no questions")
     without = 0
     wanted = min(
         args.candidates + 4, len(corpus)
@@ -1387,21 +1397,76 @@ def mine(args: argparse.Namespace) -> None:
         named = {str(number): query for number, query in enumerate(queries)}
         dataset = RetrievalDataset(path.name, "", path, named, {}, documents=corpus)
         found = dense_hits(embedder, dataset, wanted).indices
-    out = Path(args.out)
     with writing(out) as file:
         for question, hits in zip(tqdm(questions, desc="write", unit="row"), found.tolist(), strict=True):
-            source = question.pop("passage")
-            candidates = {corpus[i][1]: None for i in [source, *hits] if i is not None and i >= 0}
-            candidates = [document for document in candidates if document.full_text][: args.candidates]
+            candidates = candidate_documents(question, hits, corpus)[: args.candidates]
             documents = [{"title": d.title, "text": d.text} for d in candidates]
             if not documents:
                 without += 1
                 continue
-            row = {**question, "documents": documents, **({} if source is None else {"positive": 0})}
+            row = {key: question[key] for key in ("query", "target", "source")} | {"documents": documents}
+            row |= {} if question["passage"] is None else {"positive": 0}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     if without:
         print(f"{without:,} questions left out: they share no word with any document")
     report_targets(args, out)
+
+
+def candidate_documents(question: dict, hits: list[int], corpus: Corpus) -> list[Document]:
+    """A question's candidates, each text once: its source, where it is known, then the hits.
+
+    Of a question from text, the passage's neighbours stand before the hits and random ones after them, and
+    none of those may hold the query or the target.
+    """
+    source, shown = question["passage"], question.get("shown")
+    numbers = [*question.get("neighbours", []), *hits, *question.get("spare", [])]
+    others = [corpus[i][1] for i in numbers if i >= 0 and i != source]
+    if shown is not None:
+        others = [d for d in others if question["target"] not in d.text and question["query"] not in d.text]
+    first = [] if source is None else [corpus[source][1]]
+    if shown is not None:
+        first = [replace(first[0], text=shown)]
+    return [document for document in dict.fromkeys(first + others) if document.full_text]
+
+
+def cut_into_passages(corpus: Corpus, out: Path) -> Corpus:
+    """The corpus in passages of whole sentences, written beside the rows; a document's follow one another."""
+    path = out.with_name(out.name + ".passages.jsonl")
+    with writing(path) as file:
+        for doc_id, document in tqdm(corpus, total=len(corpus), desc="passages", unit="doc"):
+            for number, text in enumerate(passages(document.text)):
+                passage = {"_id": f"{doc_id}#{number}", "title": document.title, "text": text}
+                file.write(json.dumps(passage, ensure_ascii=False) + "\n")
+    return Corpus(path)
+
+
+def text_questions(corpus: Corpus, args: argparse.Namespace) -> list[dict]:
+    """One question for each passage that has one, by the recipe of `--from-text`; of --limit passages."""
+    chosen = shuffled(len(corpus), args.seed)[: args.limit] if args.limit else range(len(corpus))
+    questions = []
+    for number in tqdm(sorted(chosen), desc="questions", unit="passage"):
+        drawn = text_question(corpus[number][1].text, args.from_text, args.seed, number)
+        if drawn is None:
+            continue
+        query, target, shown = drawn
+        owner = corpus.ids[number].rpartition("#")[0]
+        near = [i for i in (number - 1, number + 1) if 0 <= i < len(corpus)]
+        near = [i for i in near if corpus.ids[i].rpartition("#")[0] == owner]
+        spare = random.Random(f"{args.seed} {number}").choices(range(len(corpus)), k=2 * args.candidates)
+        found = {"query": query, "target": target, "source": "text", "passage": number}
+        questions.append({**found, "shown": shown, "neighbours": near, "spare": spare})
+    print(f"{len(questions):,} questions out of {len(chosen):,} passages")
+    return questions
+
+
+def write_groups(corpus: Corpus, out: Path, size: int) -> None:
+    """Rows of so many passages that follow one another, without question and target: Revela's."""
+    with writing(out) as file:
+        for first in range(0, len(corpus) - size + 1, size):
+            documents = [corpus[i][1] for i in range(first, first + size)]
+            row = {"documents": [{"title": d.title, "text": d.text} for d in documents]}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    print(f"{out}: {len(corpus) // size:,} rows of {size} passages, for train --objective revela")
 
 
 def read_question(lines: JsonLines, index: int, numbers: dict[str, int], corpus: Corpus) -> dict:
@@ -1662,7 +1727,16 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     flag("t", "clip", 1.0, float, "largest norm of the gradient", type=number(float, 0, above=True))
     flag("t", "eval_every", 100, int, "steps between evaluations on --dev, each with a checkpoint")
     flag("m", "corpus", None, "PATH", "corpus.jsonl {_id, title, text}, or its folder", required=True)
-    flag("m", "questions", None, "FILE", "jsonl {query, answers, passage_id: optional}", required=True)
+    flag("m", "questions", None, "FILE", "jsonl {query, answers, passage_id: optional}")
+    flag(
+        "m",
+        "from_text",
+        None,
+        None,
+        "no questions: a sentence asks, the next is the target; or its first words ask for the rest",
+        choices=["next", "rest"],
+    )
+    flag("m", "groups", None, int, "no questions: rows of N consecutive passages, for --objective revela")
     flag("m", "out", None, "FILE", "where the rows are written", required=True)
     flag("m", "by", "bm25", "HOW", "bm25, or an embedder's folder")
     flag("m", "limit", None, int, "a random sample of so many questions")
@@ -1695,6 +1769,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             settings[name] = str(Path(settings[name]).resolve())
     # Its text, so that a file that is changed later changes no run.
     settings["judge_template"] = read_template(settings["judge_template"])
+    if command == "mine" and sum(map(bool, map(settings.get, ("questions", "from_text", "groups")))) != 1:
+        parser.error("give one of --questions FILE, --from-text next|rest, --groups N")
     needed = ("retriever", "out") if settings.get("objective") == "infonce" else ("judge", "retriever", "out")
     for name in needed:
         if settings.get(name, "") is None:

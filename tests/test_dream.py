@@ -346,7 +346,7 @@ def test_mine(tmp_path, capsys):
         (["train", "--train", "rows.jsonl"], "--judge is missing"),
         (["heads", "--judge", "nowhere"], "nowhere: no such folder"),
         (["train", "--resume", "nowhere"], "nowhere/settings.json: no such file"),
-        (["mine", "--corpus", "c"], "--questions, --out"),
+        (["mine", "--corpus", "c"], "--out"),
     ],
 )
 def test_bad_flags_get_one_line_and_exit_code_2(flags, message, capsys, tmp_path, monkeypatch):
