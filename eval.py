@@ -7,6 +7,7 @@
     python eval.py --dataset rteb --model Qwen/Qwen3-Embedding-0.6B --max-length 8192 --mteb results
     torchrun --nproc-per-node 8 eval.py --dataset beir --model runs/big --embeddings kept
     python eval.py --dataset path/to/folder other.zip --split dev --trec {dataset}.trec
+    python eval.py --dataset scifact --model runs/big --geometry      alignment and uniformity as well
 
 Public datasets are fetched once, by their names: BEIR's fifteen (groups beir, beir13, beir9; cqadupstack is
 the mean of its twelve parts) from $BEIR_URL into $DREAM_CACHE (~/.cache/dream), RTEB's open tasks (rteb)
@@ -83,6 +84,8 @@ DOCUMENT_BLOCK = 32_768  # documents read, sorted by length and encoded at a tim
 MARGIN = 128  # hits kept beyond k: top-k breaks ties arbitrarily, the final sort by id needs the tied ones
 DEFAULT_MODEL = "runs/demo"
 STORED = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+GEOMETRY_PAIRS = 5000  # sampled from a dataset for --geometry
+COSINE_EDGES = np.arange(-20, 21) / 20  # of its histograms' bins: the same for all, to be compared
 MTEB_LAYOUT = "2.26.24"  # the mteb whose result files --mteb writes
 MTEB_DROPS = {"MSMARCO", "FiQA2018", "ArguAna", "QuoraRetrieval", "FEVER"}  # identical ids, elsewhere kept
 
@@ -598,6 +601,128 @@ def evaluate_embedder(
     return evaluate_hits(dataset, hits, k, keep_identical_ids, per_query)[0]
 
 
+class PairSample(NamedTuple):
+    """Query-document pairs of a dataset, in numbers of the lists beside them."""
+
+    queries: list[str]  # ids, each once
+    documents: list[int]  # numbers in the corpus, each once; all are relevant to some query of the sample
+    relevant: np.ndarray  # (P, 2) int64
+    random: np.ndarray  # (R, 2) int64, R <= P
+
+
+def sample_pairs(dataset: RetrievalDataset, limit: int = GEOMETRY_PAIRS, seed: int = 0) -> PairSample:
+    """Up to `limit` pairs of a query and a relevant document; for each, one more with the same query.
+
+    Its document is drawn from the sample's that are not relevant to the query; a query to which all are has
+    no such pair. A judgement above 0 is relevant. A document with the query's own id is in no pair.
+    """
+    judged = {q: {d for d, gain in own.items() if gain > 0 and d != q} for q, own in dataset.qrels.items()}
+    wanted = set().union(*judged.values())
+    numbers = {d: number for number, d in enumerate(dataset.documents.ids) if d in wanted}
+    pairs = [(q, d) for q, own in judged.items() for d in sorted(own) if d in numbers]
+    generator = np.random.default_rng(seed)
+    pairs = [pairs[i] for i in np.sort(generator.permutation(len(pairs))[:limit])]
+    queries = {q: i for i, q in enumerate(dict.fromkeys(q for q, _ in pairs))}
+    documents = {d: i for i, d in enumerate(dict.fromkeys(d for _, d in pairs))}
+    random = []
+    for query, _ in pairs:
+        excluded = [documents[d] for d in (*judged[query], query) if d in documents]
+        if len(others := np.delete(np.arange(len(documents)), excluded)):
+            random.append((queries[query], generator.choice(others)))
+    relevant = [(queries[q], documents[d]) for q, d in pairs]
+    both = (np.array(some, np.int64).reshape(-1, 2) for some in (relevant, random))
+    return PairSample(list(queries), [numbers[d] for d in documents], *both)
+
+
+def alignment(x: Tensor, y: Tensor) -> float:
+    """Mean squared distance of the pairs x[i], y[i], (P, C) each (Wang and Isola 2020)."""
+    return float((x - y).square().sum(-1).mean())
+
+
+def uniformity(x: Tensor, tile: int = 512) -> float | None:
+    """log of the mean of exp(-2 ||x_i - x_j||^2) over all pairs i < j of x (N, C) (Wang and Isola 2020).
+
+    From 0, all in one point, to about -4, independent directions. None where there is no pair.
+    """
+    if len(x) < 2:
+        return None
+    total = x.new_zeros(())
+    for start in range(0, len(x), tile):
+        distances = torch.cdist(x[start : start + tile], x[start:])  # (tile, N - start)
+        total += distances.square().mul(-2).exp().triu(1).sum()
+    return math.log(float(total) * 2 / (len(x) * (len(x) - 1)))
+
+
+def geometry(queries: Tensor, documents: Tensor, relevant: np.ndarray, random: np.ndarray) -> dict:
+    """How embeddings lie on the sphere (Wang and Isola 2020, arXiv 2005.10242), as it stands in --json.
+
+    queries (Q, C), documents (D, C): unit vectors; relevant (P, 2), random (R, 2): pairs of their numbers,
+    P at least 1. auc: how often a relevant pair's cosine exceeds a random one's. What has no pair is None.
+    Everything is computed in float64.
+    """
+    queries, documents = queries.double(), documents.double()
+    x, y = queries[relevant[:, 0]], documents[relevant[:, 1]]  # (P, C)
+    near = (x * y).sum(-1).clamp(-1, 1).cpu().numpy()  # (P,)
+    far = (queries[random[:, 0]] * documents[random[:, 1]]).sum(-1).clamp(-1, 1).cpu().numpy()  # (R,)
+    below = (np.searchsorted(np.sort(far), near, side) for side in ("left", "right"))  # ties count half
+    return {
+        "pairs": len(near),
+        "random_pairs": len(far),
+        "queries": len(queries),
+        "documents": len(documents),
+        "alignment": alignment(x, y),
+        "uniformity": uniformity(torch.cat([queries, documents])),
+        "uniformity_queries": uniformity(queries),
+        "uniformity_documents": uniformity(documents),
+        "cosine_relevant": float(near.mean()),
+        "cosine_random": float(far.mean()) if len(far) else None,
+        "auc": float(sum(below).mean() / 2 / len(far)) if len(far) else None,
+        "bin_edges": COSINE_EDGES.tolist(),
+        "relevant_counts": np.histogram(near, COSINE_EDGES)[0].tolist(),
+        "random_counts": np.histogram(far, COSINE_EDGES)[0].tolist(),
+    }
+
+
+def measure_geometry(
+    embedder: Embedder, dataset: RetrievalDataset, batch_tokens: int | None = None
+) -> dict | None:
+    """`geometry` of a dataset's `sample_pairs`; None where fewer than two are relevant.
+
+    Of the corpus, only the sample's documents are read and encoded.
+    """
+    sample = sample_pairs(dataset)
+    if len(sample.relevant) < 2:
+        return None
+    texts = [dataset.documents[number][1].full_text for number in sample.documents]
+    documents = encode(embedder, texts, "document", batch_tokens)  # (D, C)
+    queries = encode(embedder, [dataset.queries[q] for q in sample.queries], "query", batch_tokens)  # (Q, C)
+    return geometry(queries, documents, sample.relevant, sample.random)
+
+
+def print_geometry(results: list[dict], width: int) -> None:
+    """A table of all datasets, then two columns of bars for each: cosines of relevant and of random pairs."""
+    heads = "alignment", "all", "queries", "documents", "relevant", "random", "AUC"
+    names = "alignment uniformity uniformity_queries uniformity_documents cosine_relevant cosine_random auc"
+    print(f"\n{'geometry':{width + 17}} {'uniformity':^29} {'mean cosine':^19}".rstrip())
+    print(f"{'dataset':{width}} {'pairs':>6} " + " ".join(f"{head:>9}" for head in heads))
+    for result in results:
+        figures = "fewer than two relevant pairs: nothing to measure"
+        if found := result["geometry"]:
+            values = (found[name] for name in names.split())
+            figures = " ".join(f"{'-':>9}" if value is None else f"{value:9.4f}" for value in values)
+            figures = f"{found['pairs']:6,} {figures}"
+        print(f"{result['dataset']:{width}} {figures}")
+    for result in results:
+        if found := result["geometry"]:
+            print(f"\n{result['dataset']}: cosines\n{'':17} {'relevant pairs':42}random pairs")
+            counts = np.array([found["relevant_counts"], found["random_counts"]])  # (2, bins)
+            used = np.flatnonzero(counts.sum(0))
+            for i in range(used[0], used[-1] + 1):
+                bars = (f"{'#' * math.ceil(30 * n / counts.max()):30} {n or '':>7}" for n in counts[:, i])
+                print(f"  {COSINE_EDGES[i]:5.2f} to {COSINE_EDGES[i + 1]:5.2f}  {'    '.join(bars)}".rstrip())
+    sys.stdout.flush()
+
+
 def write_run(path: Path, run: dict[str, dict[str, float]], tag: str) -> None:
     """A TREC run file: `qid Q0 docid rank score tag`, scores with the nine digits that restore a float32."""
     parts = []
@@ -818,6 +943,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--trec", metavar="FILE", help="write a TREC run; {dataset} in FILE stands for the dataset's name")
     add("--json", metavar="FILE", help="write results and settings; rewritten after each dataset")
     add("--per-query", action="store_true", help="with each query's NDCG@10 in --json")
+    pairs = f"alignment, uniformity and cosines of up to {GEOMETRY_PAIRS:,} query-document pairs as well"
+    add("--geometry", action="store_true", help=pairs)
     add("--embeddings", metavar="DIR", help="keep the documents' embeddings there, and reuse them")
     kept = "as what they are kept (default: float32; half precision halves the disk)"
     add("--embeddings-dtype", choices=list(STORED), default="float32", help=kept)
@@ -899,6 +1026,8 @@ def run_evaluation(args: argparse.Namespace) -> list[dict]:
         print_result(result, width)
         if rank:  # the first process alone writes
             continue
+        if args.geometry and args.model != "bm25":
+            results[-1]["geometry"] = measure_geometry(embedder, dataset, args.batch_tokens)
         if args.trec:
             tag = "_".join(Path(args.model).name.split()) or "dream"
             write_run(Path(args.trec.replace("{dataset}", dataset.name)), run, tag)
@@ -915,6 +1044,10 @@ def run_evaluation(args: argparse.Namespace) -> list[dict]:
             if name != "mean"
             else f"mean NDCG@10: {metrics['ndcg@10']:.4f}, each benchmark counted once"
         )
+    if args.geometry and args.model == "bm25":
+        print("--geometry measures embeddings, and bm25 has none")
+    elif args.geometry and not rank:
+        print_geometry(results, width)
     return results
 
 
