@@ -83,6 +83,7 @@ from data import (
 )
 from eval import (
     BM25,
+    ArgumentParser,
     bm25_hits,
     dense_hits,
     evaluate_embedder,
@@ -1591,158 +1592,188 @@ DEMO_DEFAULTS = {
 }
 
 
+def above_zero(text: str) -> float:
+    return number(float, 0, above=True)(text)
+
+
+above_zero.__name__ = "float"  # for argparse's own message
+
+# The flags, in the help's sections: the commands that have one by their initials, its name, default, what it
+# takes (a name, int, float, bool, or a list of choices), help, and more for argparse.
+FLAGS = {
+    "what is learnt from": [
+        ("th", "train", None, "FILE", "training rows, .jsonl (also .gz, .xz, .parquet)"),
+        ("m", "corpus", None, "PATH", "corpus.jsonl {_id, title, text}, or its folder", {"required": True}),
+        ("m", "questions", None, "FILE", "jsonl {query, answers, passage_id: optional}"),
+        (
+            "m",
+            "from_text",
+            None,
+            ["next", "rest"],
+            "no questions: a sentence asks for the next, or for its rest",
+        ),
+        ("m", "groups", None, int, "no questions: rows of N consecutive passages, for --objective revela"),
+        ("m", "by", "bm25", "HOW", "who finds candidates: bm25, or an embedder's folder"),
+        ("m", "limit", None, int, "a random sample of so many questions"),
+        (
+            "thm",
+            "candidates",
+            8,
+            int,
+            "documents per query, the first ones of a row",
+            {"type": number(int, 2)},
+        ),
+        ("t", "refresh_candidates", None, int, "mine them anew with the retriever, every N steps"),
+    ],
+    "where it is tested": [
+        ("t", "dev", None, "NAME", "dataset, named as in eval.py: decides which checkpoint is best"),
+        ("t", "dev_split", "dev", "NAME", "its split"),
+        ("t", "eval_every", 100, int, "steps between evaluations on --dev, each with a checkpoint"),
+        ("t", "test", [], "NAME", "datasets evaluated before and after training", {"nargs": "*"}),
+    ],
+    "where it is written": [
+        ("t", "out", None, "DIR", "the run's folder"),
+        ("h", "out", "heads.json", "FILE", "where the heads are written"),
+        ("m", "out", None, "FILE", "where the rows are written", {"required": True}),
+        ("t", "resume", None, "DIR", "go on with this run, by its own settings"),
+        ("t", "change_settings", False, bool, "let flags beside --resume change the run's settings"),
+        ("t", "keep", 1, int, "checkpoints kept, beside the best"),
+        ("t", "overwrite", False, bool, "start anew where --out holds a run"),
+    ],
+    "the retriever": [
+        (
+            "t",
+            "retriever",
+            None,
+            "NAME",
+            "checkpoint it starts from: a folder, or owner/name[@revision] on the hub",
+        ),
+        ("t", "full", False, bool, "train all its weights instead of LoRA adapters"),
+        ("t", "lora_rank", 16, int, "rank of the adapters", {"type": number(int, 1, 2**16)}),
+        ("t", "lora_alpha", 32.0, float, "their scale is alpha / rank"),
+        ("t", "lora_dropout", 0.0, float, "dropout in front of them", {"type": number(float, 0, 1)}),
+        (
+            "t",
+            "lora_targets",
+            list(PROJECTIONS),
+            "NAME",
+            "projections that get one (default: all seven)",
+            {"nargs": "+"},
+        ),
+        ("t", "max_length", 512, int, "tokens a query or document is embedded from"),
+        ("t", "query_prompt", "", "TEXT", "put before each query when it is embedded"),
+        ("t", "document_prompt", "", "TEXT", "put before each document when it is embedded"),
+        ("t", "append_eos", False, bool, "end each embedded text with the EOS"),
+    ],
+    "the judge": [
+        ("th", "judge", None, "NAME", "frozen language model, named like --retriever"),
+        ("m", "judge", str(DEMO / "checkpoint"), "NAME", "checkpoint whose tokens the report counts in"),
+        ("thm", "judge_template", "plain", "WHICH", "its prompt: plain, qwen, qwen3, llama, or a file"),
+        ("thm", "judge_context", None, int, "tokens of a prompt (default: the judge's, at most 8192)"),
+        ("thm", "max_target", 32, int, "target tokens used"),
+        ("th", "isolate_documents", False, bool, "no document of a prompt sees another"),
+        ("t", "judge_lora", False, bool, "let adapters of the judge learn too (revela: always)"),
+        ("t", "judge_lr", None, float, "their peak learning rate (default: --lr)"),
+    ],
+    "the heads (DREAM)": [
+        ("th", "heads", "top", "WHICH", "top, random, worst, all, or a file that `heads` wrote"),
+        ("th", "num_heads", None, int, "how many (default: 16, at most a quarter of all)"),
+        ("th", "head_examples", 128, int, "rows set aside to choose them"),
+        ("th", "detect_rows", "target", ["target", "query"], "rows whose attention counts; QRHead: query"),
+        ("th", "calibrate", False, bool, "QRHead's calibration: take off what the query N/A gets"),
+        ("th", "inject_rows", "target", ["target", "suffix"], "suffix: the query's rows too"),
+        ("th", "document_mass", "keep", ["keep", "full"], "full: documents get all attention"),
+    ],
+    "the objective": [
+        ("t", "objective", "dream", list(TEMPERATURES), "what teaches the retriever"),
+        (
+            "t",
+            "temperature",
+            0.05,
+            float,
+            "tau of softmax(cosine / tau); replug 0.1, revela 0.0001",
+            {"type": above_zero},
+        ),
+        ("t", "in_batch_negatives", False, bool, "infonce: other queries' documents count as well"),
+        ("t", "judge_temperature", 0.1, float, "replug: beta of softmax(log p / beta)", {"type": above_zero}),
+        ("t", "target_likelihood", "mean", ["mean", "sum"], "replug: log p of a target token, or of all"),
+        ("t", "kl", "forward", ["forward", "reverse"], "replug: KL(P || Q), or KL(Q || P)"),
+        ("t", "group_size", 16, int, "revela: documents that read one another", {"type": number(int, 2)}),
+        ("t", "normalise_values", False, bool, "revela: divide what is read by the values' norm"),
+    ],
+    "the steps": [
+        ("t", "steps", 1000, int, "optimizer steps"),
+        ("t", "batch", 32, int, "queries per step", {"type": number(int, 1, 10**6)}),
+        ("t", "lr", 1e-4, float, "peak learning rate of AdamW"),
+        (
+            "t",
+            "warmup",
+            0.1,
+            float,
+            "part of the steps that warm up; then a cosine to a tenth",
+            {"type": number(float, 0, 1)},
+        ),
+        ("t", "weight_decay", 0.0, float, "of AdamW"),
+        ("t", "clip", 1.0, float, "largest norm of the gradient", {"type": above_zero}),
+        ("thm", "seed", 0, int, "of everything drawn", {"type": number(int, 0)}),
+    ],
+    "memory and speed (no effect on results)": [
+        ("th", "judge_batch", 4, int, "prompts the judge reads at once"),
+        ("t", "retriever_batch", 64, int, "texts embedded at once with a graph"),
+        ("t", "activation_checkpointing", False, bool, "less memory, one more forward pass of what learns"),
+        ("thm", "device", "auto", "NAME", "auto, cpu, cuda, cuda:1, ..."),
+        ("thm", "dtype", "auto", "NAME", "compute dtype: auto, float32, bfloat16, float16"),
+    ],
+}
+ABOUT = {
+    "train": "train a retriever; without flags, the demo into runs/demo",
+    "heads": "choose the judge's heads, show them as a map and save them",
+    "mine": "make training rows from a corpus, and questions with answers or its text alone",
+}
+EXAMPLES = {
+    "train": "dream.py train --train rows.jsonl --judge DIR --retriever DIR --out runs/mine",
+    "heads": "dream.py heads --train rows.jsonl --judge Qwen/Qwen2.5-1.5B --out heads.json",
+    "mine": "dream.py mine --corpus corpus.jsonl --questions questions.jsonl --out rows.jsonl",
+}
+
+
+def add_flags(command: str, parser: argparse.ArgumentParser) -> dict:
+    """Give a command's parser its flags; returns their defaults.
+
+    For argparse all defaults are None, until it is known whether this is the demo.
+    """
+    defaults = {}
+    for section, flags in FLAGS.items():
+        group = parser.add_argument_group(section)
+        for where, name, default, kind, text, *more in flags:
+            if command[0] not in where:
+                continue
+            options = {
+                int: {"type": number(int, 1, 10**9), "metavar": "N"},
+                float: {"type": number(float, 0), "metavar": "X"},
+                bool: {"action": argparse.BooleanOptionalAction},
+            }.get(kind if isinstance(kind, type) else None, {"metavar": kind})
+            if isinstance(kind, list):
+                options = {"choices": kind}
+            defaults[name] = default
+            if default not in (None, "", []) and not isinstance(default, bool | list):
+                text += f" (default: {default})"
+            options |= {"default": None, "help": text} | dict(*more)
+            group.add_argument("--" + name.replace("_", "-"), **options)
+    return defaults
+
+
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="dream.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = partial(argparse.RawDescriptionHelpFormatter, max_help_position=34)
+    parser = ArgumentParser("dream.py", description=__doc__, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True, metavar="train | heads | mine")
-    about = {
-        "train": "train a retriever; without flags, the demo into runs/demo",
-        "heads": "choose the judge's heads, show them as a map and save them",
-        "mine": "make training rows from a corpus and questions with answers",
-    }
-    parsers = {name: commands.add_parser(name, help=text, description=text) for name, text in about.items()}
-    defaults: dict[str, dict] = {name: {} for name in parsers}
-
-    def flag(where: str, name: str, default, kind, help: str, **options) -> None:
-        """A flag of the commands with an initial in `where`. kind: int, float, bool or its value's name.
-
-        Its default stays None for argparse until it is known whether this is the demo.
-        """
-        if kind is bool:
-            options["action"] = argparse.BooleanOptionalAction
-        elif kind in (int, float):
-            kinds = {int: (number(int, 1, 10**9), "N"), float: (number(float, 0), "X")}
-            options = dict(zip(("type", "metavar"), kinds[kind], strict=True)) | options
-        elif kind is not None:
-            options["metavar"] = kind
-        shown = default not in (None, "", []) and kind is not bool
-        for command, sub in parsers.items():
-            if command[0] in where:
-                defaults[command][name] = default
-                text = help + (f" (default: {default})" if shown else "")
-                sub.add_argument("--" + name.replace("_", "-"), default=None, help=text, **options)
-
-    demo = str(DEMO / "checkpoint")
-    flag("th", "train", None, "FILE", "training rows, .jsonl (also .gz, .xz)")
-    flag(
-        "t",
-        "dev",
-        None,
-        "NAME",
-        "dataset for evaluation in training, decides what is best; named as in eval.py",
-    )
-    flag("t", "dev_split", "dev", "NAME", "its split")
-    flag("t", "test", [], "NAME", "datasets evaluated before and after training, likewise", nargs="*")
-    flag("t", "out", None, "DIR", "the run's folder")
-    flag("h", "out", "heads.json", "FILE", "where the heads are written")
-    flag("t", "resume", None, "DIR", "go on with this run, by its own settings")
-    flag("t", "change_settings", False, bool, "let flags beside --resume change the run's settings")
-    flag("t", "keep", 1, int, "checkpoints kept, beside the best")
-    flag("t", "overwrite", False, bool, "start anew where --out holds a run")
-    flag(
-        "th",
-        "judge",
-        None,
-        "NAME",
-        "frozen language model: a folder, or owner/name[@revision] on the Hugging Face hub",
-    )
-    flag("m", "judge", demo, "NAME", "checkpoint whose tokens the report counts in")
-    flag("thm", "judge_template", "plain", "WHICH", "its prompt: plain, qwen, qwen3, llama, or a file")
-    flag("t", "retriever", None, "NAME", "checkpoint that the retriever starts from, likewise")
-    flag("t", "full", False, bool, "train all weights of the retriever instead of LoRA adapters")
-    flag("t", "lora_rank", 16, int, "rank of the adapters", type=number(int, 1, 2**16))
-    flag("t", "lora_alpha", 32.0, float, "their scale is alpha / rank")
-    flag("t", "lora_dropout", 0.0, float, "dropout in front of the adapters", type=number(float, 0, 1))
-    flag("t", "lora_targets", list(PROJECTIONS), "NAME", "projections that get one", nargs="+")
-    flag("t", "max_length", 512, int, "tokens a query or document is embedded from")
-    flag("t", "query_prompt", "", "TEXT", "put before each query when it is embedded")
-    flag("t", "document_prompt", "", "TEXT", "put before each document when it is embedded")
-    flag("t", "append_eos", False, bool, "end each embedded text with the EOS")
-    flag(
-        "thm",
-        "candidates",
-        8,
-        int,
-        "documents per query, the first ones of a row",
-        type=number(int, 2),
-    )
-    flag("t", "objective", "dream", None, "what teaches the retriever", choices=list(TEMPERATURES))
-    flag(
-        "t",
-        "temperature",
-        TEMPERATURES["dream"],
-        float,
-        "tau of softmax(cosine / tau); replug 0.1, revela 0.0001",
-        type=number(float, 0, above=True),
-    )
-    flag("t", "judge_lora", False, bool, "let adapters of the judge learn too (revela: always)")
-    flag("t", "judge_lr", None, float, "their peak learning rate (default: --lr)")
-    flag("t", "in_batch_negatives", False, bool, "infonce: other queries' documents count as well")
-    flag(
-        "t",
-        "judge_temperature",
-        0.1,
-        float,
-        "replug: beta of softmax(log p / beta)",
-        type=number(float, 0, above=True),
-    )
-    flag("t", "target_likelihood", "mean", None, "replug: log p a token, or summed", choices=["mean", "sum"])
-    flag("t", "kl", "forward", None, "replug: KL(P || Q), or reverse", choices=["forward", "reverse"])
-    flag("t", "group_size", 16, int, "revela: documents that read one another", type=number(int, 2))
-    flag("t", "normalise_values", False, bool, "revela: divide what is read by the values' norm")
-    flag("t", "refresh_candidates", None, int, "mine candidates anew with the retriever, every so many steps")
-    flag("th", "isolate_documents", False, bool, "no document of a prompt sees another")
-    flag("th", "heads", "top", "WHICH", "top, random, worst, all, or a file that `heads` wrote")
-    flag("th", "num_heads", None, int, "how many (default: 16, at most a quarter of all)")
-    flag("th", "head_examples", 128, int, "rows set aside to choose them")
-    flag(
-        "th",
-        "detect_rows",
-        "target",
-        None,
-        "rows whose attention counts; QRHead: query",
-        choices=["target", "query"],
-    )
-    flag("th", "calibrate", False, bool, "QRHead's calibration: take off what the query N/A gets")
-    flag("th", "inject_rows", "target", None, "suffix: the query's rows too", choices=["target", "suffix"])
-    flag("th", "document_mass", "keep", None, "full: documents get all attention", choices=["keep", "full"])
-    flag("thm", "max_target", 32, int, "target tokens used")
-    flag("thm", "judge_context", None, int, "tokens of a prompt (default: the judge's, at most 8192)")
-    flag("t", "steps", 1000, int, "optimizer steps")
-    flag("t", "batch", 32, int, "queries per step", type=number(int, 1, 10**6))
-    flag("th", "judge_batch", 4, int, "prompts the judge reads at once; decides memory and speed only")
-    flag("t", "retriever_batch", 64, int, "texts embedded at once with a graph; likewise")
-    flag("t", "activation_checkpointing", False, bool, "less memory, one more forward pass of the retriever")
-    flag("t", "lr", 1e-4, float, "peak learning rate of AdamW")
-    flag(
-        "t",
-        "warmup",
-        0.1,
-        float,
-        "part of the steps that warm up; then a cosine to a tenth",
-        type=number(float, 0, 1),
-    )
-    flag("t", "weight_decay", 0.0, float, "of AdamW")
-    flag("t", "clip", 1.0, float, "largest norm of the gradient", type=number(float, 0, above=True))
-    flag("t", "eval_every", 100, int, "steps between evaluations on --dev, each with a checkpoint")
-    flag("m", "corpus", None, "PATH", "corpus.jsonl {_id, title, text}, or its folder", required=True)
-    flag("m", "questions", None, "FILE", "jsonl {query, answers, passage_id: optional}")
-    flag(
-        "m",
-        "from_text",
-        None,
-        None,
-        "no questions: a sentence asks, the next is the target; or its first words ask for the rest",
-        choices=["next", "rest"],
-    )
-    flag("m", "groups", None, int, "no questions: rows of N consecutive passages, for --objective revela")
-    flag("m", "out", None, "FILE", "where the rows are written", required=True)
-    flag("m", "by", "bm25", "HOW", "bm25, or an embedder's folder")
-    flag("m", "limit", None, int, "a random sample of so many questions")
-    flag("thm", "seed", 0, None, "of everything drawn", type=number(int, 0), metavar="N")
-    flag("thm", "device", "auto", "NAME", "auto, cpu, cuda, cuda:1, ...")
-    flag("thm", "dtype", "auto", "NAME", "compute dtype: auto, float32, bfloat16, float16")
+    defaults = {}
+    for name, text in ABOUT.items():
+        usage, example = f"dream.py {name} [flags]", f"example: python {EXAMPLES[name]}"
+        sub = commands.add_parser(
+            name, help=text, usage=usage, description=text, epilog=example, formatter_class=raw
+        )
+        defaults[name] = add_flags(name, sub)
 
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     command = given.pop("command")

@@ -917,9 +917,24 @@ def print_result(result: dict, width: int) -> None:
         print(f"  note: {number:,} queries tie at rank k with documents beyond the margin: an arbitrary cut")
 
 
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's, which takes no abbreviations and names the flag that a mistyped one may stand for."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, allow_abbrev=False, **options)
+
+    def parse_known_args(self, args=None, namespace=None):
+        namespace, unknown = super().parse_known_args(args, namespace)
+        for flag in (text.partition("=")[0] for text in unknown if text.startswith("-")):
+            known = [name for action in self._actions for name in action.option_strings]
+            if close := difflib.get_close_matches(flag, known, 1):
+                self.error(f"unrecognized arguments: {flag}; did you mean {close[0]}?")
+        return namespace, unknown
+
+
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("eval.py", description=__doc__, formatter_class=raw, allow_abbrev=False)
+    parser = ArgumentParser("eval.py", description=__doc__, formatter_class=raw)
     add = parser.add_argument
     names = f"demo, {', '.join(GROUPS)}, a BEIR name, an RTEB task, or a folder or .zip in their layout"
     add("--dataset", nargs="+", required=True, metavar="NAME", help=names)
