@@ -36,7 +36,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, TextIO
+from typing import IO, Any, BinaryIO, TextIO, overload
 
 import numpy as np
 import torch
@@ -61,7 +61,7 @@ class InputError(Exception):
         super().__init__(" ".join(message.splitlines()))
 
 
-def _parse_json(text: str):
+def _parse_json(text: str) -> object:
     """json.loads; half a surrogate, which no tokenizer and no UTF-8 takes, is a ValueError too."""
     value = json.loads(text)
     if "\\ud" in text or "\\uD" in text:
@@ -69,7 +69,11 @@ def _parse_json(text: str):
     return value
 
 
-def read_json(path: Path, kind: type = dict) -> dict | list:
+@overload
+def read_json(path: Path) -> dict: ...
+@overload
+def read_json(path: Path, kind: type[list]) -> list: ...
+def read_json(path: Path, kind: type[dict] | type[list] = dict) -> dict | list:
     """The JSON object (or list) of a file. Raises InputError."""
     try:
         content = _parse_json(path.read_text(encoding="utf-8"))
@@ -82,12 +86,12 @@ def read_json(path: Path, kind: type = dict) -> dict | list:
     return content
 
 
-def inside(folder: Path, name, where: Path) -> Path:
+def inside(folder: Path, name: object, where: Path) -> Path:
     """FOLDER/NAME for a name that the file `where` gives: never outside of the folder. Raises InputError."""
     path = PurePosixPath(name) if isinstance(name, str) and "\0" not in name and len(name) < 200 else None
     if path is None or path.is_absolute() or ".." in path.parts:
         raise InputError(f"{where}: refused, {name!r} is not the name of something inside of {folder}")
-    return folder / name
+    return folder / path
 
 
 def write_atomic(path: str | Path, text: str) -> None:
@@ -184,7 +188,7 @@ def _beside(folder: Path, suffix: str) -> Path:
     return folder.with_name(folder.name + suffix)
 
 
-def _request(url: str, **options) -> urllib.request.Request:
+def _request(url: str, **options: Any) -> urllib.request.Request:
     parts = urllib.parse.urlsplit(url)
     if parts.scheme != "https" and parts.hostname not in ("localhost", "127.0.0.1", "::1"):
         raise InputError(f"{url}: only https is fetched, or what this machine itself serves")
@@ -226,7 +230,8 @@ def download(url: str, path: Path, md5: str | None = None, patience: int = 5) ->
                 raise InputError(f"{url}: the server answers {error.code} {error.reason}") from error
             complete = True  # nothing is missing
         except (OSError, http.client.HTTPException) as error:
-            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            unwritable = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
+            if isinstance(error, OSError) and error.errno in unwritable:
                 raise InputError(f"{part}: cannot be written ({error.strerror})") from error
             reason = str(getattr(error, "reason", error)) or reason
         if not complete:
@@ -302,7 +307,7 @@ def _open_seekable(path: Path, member: str | None = None) -> BinaryIO:
     """A file, opened seekable; a compressed one, a table or a zip's member goes to a temporary file first."""
     try:
         if member is not None:
-            stream = zipfile.ZipFile(path).open(member)
+            stream: IO[bytes] | gzip.GzipFile | lzma.LZMAFile = zipfile.ZipFile(path).open(member)
         elif path.suffix == ".parquet":
             return _parquet_lines(path)
         elif path.suffix in (".gz", ".xz"):
@@ -350,12 +355,12 @@ class JsonLines:
     """
 
     def __init__(self, *parts: Path | Part):
-        parts = [part if isinstance(part, tuple) else (part, None) for part in parts]
-        self.name = _name(parts[0]) + (f" and {len(parts) - 1} more" if parts[1:] else "")
-        self._file = _open_seekable(*parts[0])
-        if parts[1:]:
+        first, *others = (part if isinstance(part, tuple) else (part, None) for part in parts)
+        self.name = _name(first) + (f" and {len(others)} more" if others else "")
+        self._file = _open_seekable(*first)
+        if others:
             joined = tempfile.TemporaryFile()
-            for file in (self._file, *(_open_seekable(*part) for part in parts[1:])):
+            for file in (self._file, *(_open_seekable(*part) for part in others)):
                 with file:
                     shutil.copyfileobj(file, joined, 1 << 20)
                 joined.write(b"\n")
@@ -523,7 +528,7 @@ class CandidatePool:
     """
 
     def __init__(self, rows: Rows, indices: Iterable[int]):
-        self._rows, self._last = rows, (-1, [])
+        self._rows, self._last = rows, (-1, list[Document]())
         owners, places, digests = array("q"), array("q"), array("q")
         for index in indices:
             for place, document in enumerate(rows[index].documents):
@@ -533,7 +538,7 @@ class CandidatePool:
         _, first = np.unique(np.frombuffer(digests, np.int64), return_index=True)
         first.sort()  # in the file's order, which is read from the disk in one go
         self._owners, self._places = (np.frombuffer(x, np.int64)[first] for x in (owners, places))
-        self.ids = range(len(first))
+        self.ids: Sequence = range(len(first))
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -559,7 +564,7 @@ def sentences(text: str) -> list[str]:
 
 def passages(text: str, words: int = PASSAGE_WORDS) -> Iterator[str]:
     """A text in passages of whole sentences of about so many words."""
-    held, count = [], 0
+    held, count = list[str](), 0
     for sentence in sentences(text):
         length = len(sentence.split())
         if held and count + length > words:
@@ -729,10 +734,8 @@ class PromptBuilder:
     def build(self, rows: Sequence[Row], orders: list[list[int]] | None = None) -> list[Prompt]:
         """One prompt a row; orders[b] lists row b's candidates as they stand in it (default: as given)."""
         orders = orders or [list(range(len(row.documents))) for row in rows]
-        blocks = {document: None for row in rows for document in row.documents}
-        blocks = dict(
-            zip(blocks, self._encode([document_block(document) for document in blocks]), strict=True)
-        )
+        documents = list(dict.fromkeys(document for row in rows for document in row.documents))
+        blocks = dict(zip(documents, self._encode(list(map(document_block, documents))), strict=True))
         return [
             self._assemble(row, order, [blocks[document] for document in row.documents], *ends)
             for row, order, ends in zip(rows, orders, self._ends(rows), strict=True)
@@ -846,7 +849,7 @@ def collate(prompts: Sequence[Prompt], device: torch.device, rows: str = "target
     prefixes = [prompt.input_ids[:start] for prompt, start in zip(prompts, starts, strict=True)]
     suffixes = [prompt.input_ids[start:-1] for prompt, start in zip(prompts, starts, strict=True)]
     width = max(map(len, suffixes))
-    documents, target_rows, target_ids = [], [], []
+    documents, target_rows, target_ids = [], list[int](), []
     counts = [len(prompt.input_ids) - prompt.target_start for prompt in prompts]
     for number, (prompt, suffix, count) in enumerate(zip(prompts, suffixes, counts, strict=True)):
         owner = [num_documents] * len(prefixes[number])
@@ -855,10 +858,10 @@ def collate(prompts: Sequence[Prompt], device: torch.device, rows: str = "target
         documents.append(owner)
         target_rows += range(number * width + len(suffix) - count, number * width + len(suffix))
         target_ids += prompt.input_ids[prompt.target_start :]
-    counts = torch.tensor(counts)
     present = torch.arange(num_documents) < torch.tensor([[len(prompt.spans)] for prompt in prompts])
     target_owner = torch.zeros(len(prompts), len(target_ids))
-    target_owner[torch.arange(len(prompts)).repeat_interleave(counts), torch.arange(len(target_ids))] = 1.0
+    owners = torch.arange(len(prompts)).repeat_interleave(torch.tensor(counts))  # (K,)
+    target_owner[owners, torch.arange(len(target_ids))] = 1.0
     prefix_ids, prefix_lengths = pad(prefixes, device)
     return JudgeBatch(
         prefix_ids,
@@ -879,7 +882,9 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def pad(token_ids: Sequence[Sequence[int]], device: torch.device, value: int = 0) -> tuple[Tensor, Tensor]:
+def pad(
+    token_ids: Sequence[Sequence[int] | np.ndarray], device: torch.device, value: int = 0
+) -> tuple[Tensor, Tensor]:
     """Right-pad lists of ids: (B, T) int64 and their lengths (B,) int64."""
     lengths = [len(ids) for ids in token_ids]
     padded = np.full((len(lengths), max(lengths)), value, np.int64)
@@ -918,7 +923,7 @@ class RetrievalDataset:
     task: str = ""  # mteb's name of it
     subset: str = "default"  # of mteb's task
     revision: str = ""  # of the copy that was read
-    documents: "Corpus" = None
+    documents: "Corpus | CandidatePool" = field(kw_only=True)
 
     @property
     def num_documents(self) -> int:
@@ -931,10 +936,10 @@ class RetrievalDataset:
             yield doc_id, document.full_text
 
 
-class Ids(Sequence):
+class Ids(Sequence[str]):
     """The ids of a corpus, in its order: eight bytes each beside their letters, where a list takes sixty."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._letters, self._ends = bytearray(), array("q", [0])
 
     def append(self, identifier: str) -> None:
@@ -944,7 +949,7 @@ class Ids(Sequence):
     def __len__(self) -> int:
         return len(self._ends) - 1
 
-    def __getitem__(self, index: int) -> str:
+    def __getitem__(self, index: int) -> str:  # type: ignore[override]  # no slices
         if not 0 <= index < len(self):
             raise IndexError(index)
         return self._letters[self._ends[index] : self._ends[index + 1]].decode()
@@ -1024,8 +1029,8 @@ def load_dataset(
     def files(part: str, *names: str) -> list[Part]:
         splits = next((configs[front + name] for name in names if configs.get(front + name)), None)
         if splits is None:
-            found = ", ".join(sorted(configs)) or "nothing"
-            raise InputError(f"{path}: no {part}; expected BEIR's or mteb's layout, found {found}")
+            there = ", ".join(sorted(configs)) or "nothing"
+            raise InputError(f"{path}: no {part}; expected BEIR's or mteb's layout, found {there}")
         if split == "all":
             splits = {split: [file for found in splits.values() for file in found]}
         if split not in splits and (part == "qrels" or len(splits) > 1):
@@ -1083,8 +1088,8 @@ def _configs(path: Path) -> dict[str, dict[str, list[Part]]]:
                 raise InputError(
                     f"{path / 'README.md'}: data_files cannot be looked for ({error})"
                 ) from error
-        names = {str(file.relative_to(path)): (file, None) for file in sorted(path.glob("*"))}
-        names |= {str(file.relative_to(path)): (file, None) for file in sorted(path.glob("*/*"))}
+        files = [*sorted(path.glob("*")), *sorted(path.glob("*/*"))]
+        names: dict[str, Part] = {str(file.relative_to(path)): (file, None) for file in files}
     elif zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             members = [member.filename for member in safe_members(path, archive)]

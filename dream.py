@@ -42,6 +42,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -210,13 +211,15 @@ class Scored:
     digests: Tensor  # (D, 1) int64, of their texts
 
 
-def dream_objective(scored: Scored, judge: CausalLM, heads: dict[int, Tensor], args) -> Tensor:
+def dream_objective(
+    scored: Scored, judge: CausalLM, heads: dict[int, Tensor], args: argparse.Namespace
+) -> Tensor:
     """DREAM: the target's loss when the scores decide which documents the heads read; see attention.py."""
     batch = collate(scored.judge_inputs, scored.scores.device, args.inject_rows)
     return dream_loss(judge, batch, scored.log_weights, heads, args.document_mass == "keep")
 
 
-def infonce_objective(scored: Scored, args) -> Tensor:
+def infonce_objective(scored: Scored, args: argparse.Namespace) -> Tensor:
     """InfoNCE (arXiv 1807.03748): the cross-entropy of softmax(s / tau) with the marked document.
 
         -log( exp(s_+ / tau) / sum_j exp(s_j / tau) )
@@ -250,7 +253,7 @@ def judge_likelihoods(scored: Scored, judge: CausalLM, likelihood: str) -> Tenso
         return missing.masked_scatter(scored.present, -losses)
 
 
-def replug_objective(scored: Scored, judge: CausalLM, args) -> Tensor:
+def replug_objective(scored: Scored, judge: CausalLM, args: argparse.Namespace) -> Tensor:
     """REPLUG-LSR (arXiv 2301.12652): the retriever's distribution is drawn to that of the judge.
 
         P = softmax(s / gamma)    Q = softmax(log p_judge(target | d_i, query) / beta)    loss = KL(P || Q)
@@ -266,7 +269,7 @@ def replug_objective(scored: Scored, judge: CausalLM, args) -> Tensor:
     return (log_q.exp() * (log_q - log_p)).masked_fill(missing, 0.0).sum(-1)
 
 
-def revela_objective(scored: Scored, judge: CausalLM, args) -> Tensor:
+def revela_objective(scored: Scored, judge: CausalLM, args: argparse.Namespace) -> Tensor:
     """Revela (arXiv 2506.16552): texts of a group help to predict one another; retriever and LM train.
 
     The rows are the n texts of one group, each with its first half as query; weights w_ij over the others are
@@ -295,11 +298,11 @@ def revela_objective(scored: Scored, judge: CausalLM, args) -> Tensor:
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows: Tensor) -> Tensor:
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
         rank, processes = join_processes()
-        counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(processes)]
-        torch.distributed.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
-        counts = torch.cat(counts).tolist()
+        lengths = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(processes)]
+        torch.distributed.all_gather(lengths, torch.tensor([len(rows)], device=rows.device))
+        counts = torch.cat(lengths).tolist()
         padded = F.pad(rows, (0, 0, 0, max(counts) - len(rows)))
         parts = [torch.empty_like(padded) for _ in range(processes)]
         torch.distributed.all_gather(parts, padded)
@@ -307,7 +310,7 @@ class _GatherRows(torch.autograd.Function):
         return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         gradient = gradient.clone(memory_format=torch.contiguous_format)
         torch.distributed.all_reduce(gradient)
         return gradient[ctx.own]
@@ -334,18 +337,20 @@ class PreparedRows:
     judge_tokens: int
 
 
-def judge_inputs(builder: PromptBuilder | None, rows: list[Row], args, seed: tuple[int, ...]) -> list:
+def judge_inputs(
+    builder: PromptBuilder | None, rows: list[Row], args: argparse.Namespace, seed: tuple[int, ...]
+) -> list:
     """What the judge reads for each row: DREAM, its prompt, the candidates in an order that depends on the
     seed and the row alone; REPLUG, a prompt for each candidate; Revela, the text; InfoNCE, nothing."""
+    if builder is None or args.objective == "infonce":
+        return [[] for _ in rows]
     if args.objective == "dream":
         return shuffled_prompts(builder, rows, *seed)
     if args.objective == "replug":
         single = [replace(row, documents=[d], positive=None) for row in rows for d in row.documents]
         prompts = iter(builder.build(single))
         return [[next(prompts) for _ in row.documents] for row in rows]
-    if args.objective == "revela":
-        return builder.plain([row.target for row in rows], args.max_length)
-    return [[] for _ in rows]
+    return builder.plain([row.target for row in rows], args.max_length)
 
 
 def revela_groups(retriever: Embedder, rows: list[Row], size: int) -> list[list[Row]]:
@@ -361,9 +366,9 @@ def revela_groups(retriever: Embedder, rows: list[Row], size: int) -> list[list[
 
     budget = tokens((row.query for row in rows if row.query), "query")
     budget += tokens((document.full_text for row in rows for document in row.documents), "document")
-    groups, position, spent = [], 0, 0
+    groups, position, spent = list[list[Row]](), 0, 0
     while position < len(rows):
-        first, group = position, {}
+        first, group = position, dict[Document, None]()
         while len(group) < size and position < first + len(rows):
             group |= dict.fromkeys(rows[position % len(rows)].documents)
             position += 1
@@ -426,9 +431,15 @@ def prepare_rows(
     return PreparedRows(rows, num_rows, texts, token_ids, inputs, pieces, sum(lengths))
 
 
-SUMS = ("loss", "effective_candidates", "positive_weight", "labelled", "document_tokens_cut")
-SUMS += ("retriever_tokens", "tokens")
+SUMS = ["loss", "effective_candidates", "positive_weight", "labelled", "document_tokens_cut"]
+SUMS += ["retriever_tokens", "tokens"]
 Objective = Callable[[Scored], Tensor]  # -> loss of each row (B,)
+
+
+def gradient_of(leaf: Tensor) -> Tensor:
+    """What a backward pass has left there."""
+    assert leaf.grad is not None
+    return leaf.grad
 
 
 def training_step(
@@ -512,7 +523,7 @@ def training_step(
 
     # 3. From the embeddings' gradient into the retriever.
     for number, (chunk, part) in enumerate(zip(chunks, parts, strict=True)):
-        gradient = embeddings.grad[to_device(torch.tensor(chunk), device)]
+        gradient = gradient_of(embeddings)[to_device(torch.tensor(chunk), device)]
         with retriever_memory():
             (part if len(chunks) == 1 else embed(number)).backward(gradient)
     if args.objective == "dream":
@@ -524,7 +535,7 @@ def training_step(
 
 def add_up(stats: dict[str, Tensor], parameters: list[torch.nn.Parameter]) -> dict[str, Tensor]:
     """The sums of `training_step` and the gradients, added up over all processes; one message for all."""
-    gradients = [parameter.grad for parameter in parameters]
+    gradients = list(map(gradient_of, parameters))
     flat = torch.cat([*(gradient.flatten() for gradient in gradients), torch.stack(list(stats.values()))])
     torch.distributed.all_reduce(flat)
     *parts, sums = flat.split([*(gradient.numel() for gradient in gradients), len(stats)])
@@ -641,7 +652,7 @@ def _gradient_norms(
             log_weights = log_softmax_scores(scores, batch.present, 1.0)
             heads = head_tensors([(layer, head)], device)
             dream_loss(judge, batch, log_weights, heads, args.document_mass == "keep", cache).sum().backward()
-            norms[layer, head] = scores.grad.norm(dim=-1).sum()
+            norms[layer, head] = gradient_of(scores).norm(dim=-1).sum()
     return norms
 
 
@@ -668,8 +679,7 @@ def describe_heads(
     candidate in turn; its range (worst less best candidate), and how often the best candidate is the relevant
     one.
     """
-    known = [(row, relevant_document(row)[0]) for row in rows]
-    known = [(row, positive) for row, positive in known if positive is not None]
+    known = [(row, index) for row in rows if (index := relevant_document(row)[0]) is not None]
     tensors = head_tensors(heads, device)
     budget, ranges, hits, gains = 0.0, [], 0, []
     for first in tqdm(range(0, len(rows), args.judge_batch), desc="steering", unit="batch"):
@@ -682,22 +692,22 @@ def describe_heads(
         ranges += (losses.masked_fill(losses.isinf(), -torch.inf).amax(-1) - losses.amin(-1)).tolist()
         best = losses.argmin(-1).tolist()
         hits += sum(best[number] == relevant_document(row)[0] for number, row in enumerate(some))
-    report = {"budget": budget / len(heads) / len(rows)}
+    report: dict[str, float | None] = {"budget": budget / len(heads) / len(rows)}
     report["steering_range"] = sum(ranges) / len(ranges)
     report["steering_best_is_relevant"] = hits / len(known) if known else None
     for first in range(0, len(known) - 1, args.judge_batch):
-        some = known[first : first + args.judge_batch]
-        others = [known[(first + i + len(known) // 2) % len(known)] for i in range(len(some))]
-        losses = []
-        for pairs in (some, others):
+        asked = known[first : first + args.judge_batch]
+        others = [known[(first + i + len(known) // 2) % len(known)] for i in range(len(asked))]
+        alone = []
+        for pairs in (asked, others):
             single = [
                 Row(row.index, row.query, row.target, [other.documents[positive]], 0)
-                for (row, _), (other, positive) in zip(some, pairs, strict=True)
+                for (row, _), (other, positive) in zip(asked, pairs, strict=True)
             ]
             batch = collate(builder.build(single), device)
             with torch.no_grad():
-                losses.append(target_loss(judge, batch, read_prefix(judge, batch)))
-        gains += (losses[1] - losses[0]).tolist()
+                alone.append(target_loss(judge, batch, read_prefix(judge, batch)))
+        gains += (alone[1] - alone[0]).tolist()
     report["context_gain"] = sum(gains) / len(gains) if gains else None
     return report
 
@@ -821,7 +831,7 @@ def learning_rate(step: int, peak: float, args: argparse.Namespace) -> float:
 
 
 def refresh_candidates(
-    retriever: Embedder, rows: Rows, usable: list[int], args
+    retriever: Embedder, rows: Rows, usable: list[int], args: argparse.Namespace
 ) -> tuple[CandidatePool, Tensor]:
     """Mine every row's candidates anew, with the retriever as it is, among all documents of the rows.
 
@@ -853,7 +863,7 @@ def step_rows(
 
     mined: candidates that replace the rows' own, as `refresh_candidates` found them.
     """
-    chosen = []
+    chosen: list[Row] = []
     for number in range(step * args.batch, (step + 1) * args.batch):
         epoch, position = divmod(number, len(usable))
         if not chosen or position == 0:
@@ -885,12 +895,12 @@ def build_retriever(
 ) -> Embedder:
     """The retriever to train: a base with LoRA, or all its weights in float32; or as saved in `resume`."""
     folder = find_folder(args.retriever)
-    same = judge is not None and folder.resolve() == judge.folder.resolve()
+    shared = judge if judge and folder.resolve() == judge.folder.resolve() else None
     if args.full:
         checkpoint = Checkpoint(resume or folder, device, torch.float32)
         decoder = checkpoint.decoder().requires_grad_()
     else:
-        checkpoint = judge if same else Checkpoint(folder, device, dtype)  # one copy of equal weights
+        checkpoint = shared or Checkpoint(folder, device, dtype)  # one copy of equal weights
         decoder = checkpoint.decoder()
         if resume:
             load_adapter(decoder, resume)
@@ -1024,18 +1034,18 @@ def run_lock(out: Path) -> Iterator[None]:
 class Interrupt:
     """SIGINT and SIGTERM ask a run to finish its step and save; a second SIGINT ends it at once."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.signal: signal.Signals | None = None
 
     def __enter__(self) -> "Interrupt":
         self._before = {n: signal.signal(n, self._ask) for n in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _ask(self, number: int, frame) -> None:
+    def _ask(self, number: int, frame: object) -> None:
         if self.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number)
@@ -1095,15 +1105,15 @@ def fit(
     )
     if args.objective == "infonce":
         check_labels(rows, usable, args)
-    elif args.objective != "revela":
+    elif builder and args.objective != "revela":
         check_prompts(rows, builder, args)
     retriever = build_retriever(args, device, dtype, checkpoint, resume)
-    heads = []
-    if resume and args.objective == "dream":
+    heads: Heads = []
+    if resume and judge and args.objective == "dream":
         heads = read_heads(out / "heads.json", read_json(out / "heads.json"), judge.config)
     elif not resume:
         saved = None
-        if rank == 0 and args.objective == "dream":
+        if rank == 0 and judge and builder and args.objective == "dream":
             heads, saved = select_heads(judge, builder, held_out, args, device)
         if rank == 0 and args.overwrite:  # only now that all input was read: --heads may lie in there
             for name in RUN_FILES:
@@ -1114,7 +1124,7 @@ def fit(
             write_atomic(out / "heads.json", json.dumps(saved) + "\n")
         if judge:
             heads = share_heads(heads, judge.config, device)
-        results = {"bm25": [], "before": [], "after": []}
+        results: dict[str, list[dict]] = {"bm25": [], "before": [], "after": []}
         for dataset in tests:
             results["before"].append(evaluate_embedder(retriever, dataset, per_query=True))
             if rank == 0:
@@ -1145,13 +1155,14 @@ def fit(
         weight_decay=args.weight_decay,
         fused=True,  # the kind that can leave out a step without asking the device
     )
-    first_step, best, mined = 0, {}, None
+    first_step, best, mined = 0, dict[str, Any](), None
     if resume:
         load_optimizer(optimizer, names, resume)
         state = read_json(resume / "trainer.json")
-        first_step, best = state.get("step"), state.get("best")
-        if type(first_step) is not int or first_step < 1 or not isinstance(best, dict):
+        saved_step, saved_best = state.get("step"), state.get("best")
+        if type(saved_step) is not int or saved_step < 1 or not isinstance(saved_best, dict):
             raise InputError(f"{resume / 'trainer.json'}: 'step' or 'best' is missing or wrong")
+        first_step, best = saved_step, saved_best
         if (resume / "candidates.safetensors").exists():
             mined = CandidatePool(rows, usable), load_candidates(resume / "candidates.safetensors", usable)
     log = Log(out / "metrics.jsonl" if rank == 0 else None, first_step)
@@ -1184,11 +1195,12 @@ def fit(
             stats = per_row(stats, batch.num_rows)
             stats["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, args.clip)
             stats["skipped"] = ~(stats["grad_norm"].isfinite() & stats["loss"].isfinite())
-            optimizer.found_inf = stats["skipped"].float()  # where it is 1, AdamW changes nothing
+            # Where it is 1, AdamW changes nothing.
+            optimizer.found_inf = stats["skipped"].float()  # type: ignore[attr-defined]
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            stats["lr"] = learning_rate(step, args.lr, args)
-            log.add(step + 1, stats, time.perf_counter() - started, [row.index for row in batch.rows])
+            rate = {"lr": learning_rate(step, args.lr, args)}
+            log.add(step + 1, stats | rate, time.perf_counter() - started, [row.index for row in batch.rows])
             bar.update()
             stopped, done = interrupt.agreed(), step + 1 == args.steps
             due = (step + 1) % args.eval_every == 0 or done
@@ -1217,10 +1229,10 @@ def fit(
 def make_objective(
     args: argparse.Namespace, judge: CausalLM | None, heads: Heads, device: torch.device
 ) -> Objective:
+    if judge is None or args.objective == "infonce":
+        return partial(infonce_objective, args=args)
     if args.objective == "dream":
         return partial(dream_objective, judge=judge, heads=head_tensors(heads, device), args=args)
-    if args.objective == "infonce":
-        return partial(infonce_objective, args=args)
     return partial(
         {"replug": replug_objective, "revela": revela_objective}[args.objective], judge=judge, args=args
     )
@@ -1600,7 +1612,7 @@ above_zero.__name__ = "float"  # for argparse's own message
 
 # The flags, in the help's sections: the commands that have one by their initials, its name, default, what it
 # takes (a name, int, float, bool, or a list of choices), help, and more for argparse.
-FLAGS = {
+FLAGS: dict[str, list[tuple]] = {
     "what is learnt from": [
         ("th", "train", None, "FILE", "training rows, .jsonl (also .gz, .xz, .parquet)"),
         ("m", "corpus", None, "PATH", "corpus.jsonl {_id, title, text}, or its folder", {"required": True}),
@@ -1742,23 +1754,22 @@ def add_flags(command: str, parser: argparse.ArgumentParser) -> dict:
 
     For argparse all defaults are None, until it is known whether this is the demo.
     """
+    kinds: dict[type, dict] = {
+        int: {"type": number(int, 1, 10**9), "metavar": "N"},
+        float: {"type": number(float, 0), "metavar": "X"},
+        bool: {"action": argparse.BooleanOptionalAction},
+    }
     defaults = {}
     for section, flags in FLAGS.items():
         group = parser.add_argument_group(section)
         for where, name, default, kind, text, *more in flags:
             if command[0] not in where:
                 continue
-            options = {
-                int: {"type": number(int, 1, 10**9), "metavar": "N"},
-                float: {"type": number(float, 0), "metavar": "X"},
-                bool: {"action": argparse.BooleanOptionalAction},
-            }.get(kind if isinstance(kind, type) else None, {"metavar": kind})
-            if isinstance(kind, list):
-                options = {"choices": kind}
+            options = {"choices": kind} if isinstance(kind, list) else kinds.get(kind, {"metavar": kind})
             defaults[name] = default
             if default not in (None, "", []) and not isinstance(default, bool | list):
                 text += f" (default: {default})"
-            options |= {"default": None, "help": text} | dict(*more)
+            options = options | {"default": None, "help": text} | dict(*more)
             group.add_argument("--" + name.replace("_", "-"), **options)
     return defaults
 

@@ -43,7 +43,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -53,6 +53,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import (
+    Corpus,
     InputError,
     RetrievalDataset,
     cache_folder,
@@ -331,6 +332,7 @@ class EmbeddingStore:
 
     def __init__(self, folder: Path, embedder: Embedder, dataset: RetrievalDataset, dtype: torch.dtype):
         how = {**embedder.describe(), "weights": embedder.fingerprint(), "stored_as": str(dtype)}
+        assert isinstance(dataset.documents, Corpus)  # candidates of a training are not kept
         key = json.dumps(how | {"corpus": dataset.documents.fingerprint}, sort_keys=True)
         self.folder = folder / hashlib.blake2b(key.encode(), digest_size=12).hexdigest()
         self.dtype, self.dim = dtype, embedder.dim
@@ -434,9 +436,9 @@ class BM25:
             raise InputError(f"BM25: {len(lengths):,} documents or their words are too many for the index")
         self.postings = np.frombuffer(postings, np.int64) if postings else np.empty(0, np.int64)  # no copy
         self.postings.sort()
-        lengths = np.array(lengths, np.float32)  # (N,) words in each document
-        mean = max(float(lengths.mean(dtype=np.float64)), 1.0) if len(lengths) else 1.0
-        self.norms = k1 * (1 - b + b * lengths / mean)  # (N,) float32
+        sizes = np.array(lengths, np.float32)  # (N,) words in each document
+        mean = max(float(sizes.mean(dtype=np.float64)), 1.0) if len(sizes) else 1.0
+        self.norms = k1 * (1 - b + b * sizes / mean)  # (N,) float32
 
     def describe(self) -> dict:
         return {"analyser": self.ANALYSER, "k1": self.k1, "b": self.b}
@@ -459,7 +461,7 @@ class BM25:
             indices[row, : len(best)] = best
         return scores, indices
 
-    def _posting(self, stem_number, document):
+    def _posting(self, stem_number: int | np.ndarray, document: int | np.ndarray) -> Any:
         return stem_number << (self.DOC_BITS + self.TF_BITS) | document << self.TF_BITS
 
     def _scores(self, query: str) -> np.ndarray:
@@ -562,7 +564,7 @@ def evaluate_hits(
     """The result of one dataset as it stands in --json, and its run cut at k."""
     run, ambiguous = make_run(dataset.queries, hits, k, keep_identical_ids)
     table = score_queries(run, dataset.qrels, [cutoff for cutoff in CUTOFFS if cutoff <= k])
-    result = {
+    result: dict = {
         "dataset": dataset.name,
         "split": dataset.split,
         "queries": len(dataset.qrels),
@@ -664,7 +666,7 @@ def geometry(queries: Tensor, documents: Tensor, relevant: np.ndarray, random: n
     x, y = queries[relevant[:, 0]], documents[relevant[:, 1]]  # (P, C)
     near = (x * y).sum(-1).clamp(-1, 1).cpu().numpy()  # (P,)
     far = (queries[random[:, 0]] * documents[random[:, 1]]).sum(-1).clamp(-1, 1).cpu().numpy()  # (R,)
-    below = (np.searchsorted(np.sort(far), near, side) for side in ("left", "right"))  # ties count half
+    below, not_above = (np.searchsorted(np.sort(far), near, side) for side in ("left", "right"))  # (P,)
     return {
         "pairs": len(near),
         "random_pairs": len(far),
@@ -676,7 +678,7 @@ def geometry(queries: Tensor, documents: Tensor, relevant: np.ndarray, random: n
         "uniformity_documents": uniformity(documents),
         "cosine_relevant": float(near.mean()),
         "cosine_random": float(far.mean()) if len(far) else None,
-        "auc": float(sum(below).mean() / 2 / len(far)) if len(far) else None,
+        "auc": float((below + not_above).mean() / 2 / len(far)) if len(far) else None,  # ties count half
         "bin_edges": COSINE_EDGES.tolist(),
         "relevant_counts": np.histogram(near, COSINE_EDGES)[0].tolist(),
         "random_counts": np.histogram(far, COSINE_EDGES)[0].tolist(),
@@ -920,10 +922,10 @@ def print_result(result: dict, width: int) -> None:
 class ArgumentParser(argparse.ArgumentParser):
     """argparse's, which takes no abbreviations and names the flag that a mistyped one may stand for."""
 
-    def __init__(self, *arguments, **options):
-        super().__init__(*arguments, allow_abbrev=False, **options)
+    def __init__(self, prog: str | None = None, **options: Any):
+        super().__init__(prog, allow_abbrev=False, **options)
 
-    def parse_known_args(self, args=None, namespace=None):
+    def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
         namespace, unknown = super().parse_known_args(args, namespace)
         for flag in (text.partition("=")[0] for text in unknown if text.startswith("-")):
             known = [name for action in self._actions for name in action.option_strings]

@@ -22,7 +22,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
@@ -97,7 +99,7 @@ class Config:
         if family not in FAMILIES:
             raise InputError(f"{path}: model_type is {family!r}; supported: {', '.join(FAMILIES)}")
 
-        def number(key: str, default=None, kind=int, given=raw):
+        def number(key: str, default: float | None = None, kind: type[float] = int, given: dict = raw) -> Any:
             value = given.get(key, default) if given.get(key) is not None else default
             if isinstance(value, bool) or not isinstance(value, int | kind) or not 0 < value < 1 << 31:
                 raise InputError(f"{path}: {key} is {value!r}, expected a positive number")
@@ -280,9 +282,8 @@ class Attention(nn.Module):
             k = torch.cat((context.prefix.keys[self.layer], k), dim=2)  # (B, Hkv, P + T, D)
             v = torch.cat((context.prefix.values[self.layer], v), dim=2)
         if context.probe is not None:
-            context.probe.attention.append(
-                attention_to_keys(q, k, context.visible, context.probe.row_weights)
-            )
+            assert visible is not None  # a probe needs a prefix
+            context.probe.attention.append(attention_to_keys(q, k, visible, context.probe.row_weights))
         out = attention(q, k, v, visible, context.injection, self.layer)
         return self.o_proj(out.transpose(1, 2).reshape(batch, rows, -1))
 
@@ -361,6 +362,7 @@ class Decoder(nn.Module):
         again = self.activation_checkpointing and torch.is_grad_enabled()
         for layer in self.layers:
             if store is not None and layer is self.layers[-1]:
+                assert isinstance(layer, Layer)
                 layer.self_attn.keys_and_values(layer.input_layernorm(x), context)
                 return None
             only = last if layer is self.layers[-1] else None
@@ -698,8 +700,7 @@ class Embedder(nn.Module):
         self.max_length = min(max_length, decoder.config.context)
         if append_eos:
             eos = decoder.config.eos_token_id
-            token = None if eos is None else tokenizer.id_to_token(eos)
-            if token is None:
+            if eos is None or (token := tokenizer.id_to_token(eos)) is None:
                 raise InputError(
                     "an EOS was asked for, but config.json's eos_token_id is not in the tokenizer"
                 )
@@ -722,7 +723,7 @@ class Embedder(nn.Module):
         nothing = [self.decoder.config.eos_token_id or 0]  # an empty text still gets an embedding
         return [encoding.ids or nothing for encoding in encoded]
 
-    def embed(self, token_ids: Sequence[Sequence[int]]) -> Tensor:
+    def embed(self, token_ids: Sequence[Sequence[int] | np.ndarray]) -> Tensor:
         """One forward pass: (B, C) float32 unit vectors on the embedder's device."""
         input_ids, lengths = pad(token_ids, self.device)  # (B, T), (B,)
         mixed = self.dtype != self.decoder.embed_tokens.weight.dtype
@@ -888,7 +889,8 @@ def load_adapter(decoder: Decoder, folder: Path) -> None:
     if not isinstance(targets, list) or any(name not in PROJECTIONS for name in targets):
         known = ", ".join(PROJECTIONS)
         raise InputError(f"{where}: target_modules is {targets!r}, expected a list out of {known}")
-    r, alpha = config.get("r"), config.get("lora_alpha")
+    r: Any = config.get("r")
+    alpha: Any = config.get("lora_alpha")
     if type(r) is not int or not 0 < r <= 1 << 16 or type(alpha) not in (int, float) or not 0 < alpha < 1e9:
         raise InputError(f"{where}: r is {r!r} and lora_alpha {alpha!r}, expected two positive numbers")
     add_lora(decoder, r, alpha, config.get("lora_dropout") or 0.0, targets, config.get("use_rslora", False))

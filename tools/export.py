@@ -79,7 +79,8 @@ def public_name(name: str) -> str:
 
 def read_run(checkpoint: Path) -> tuple[dict, dict, dict]:
     """The settings, heads and results of the run that a checkpoint belongs to; empty where unknown."""
-    run, known = checkpoint.parent, {"settings": {}, "heads": {}, "results": {}}
+    run = checkpoint.parent
+    known: dict[str, dict] = {"settings": {}, "heads": {}, "results": {}}
     if (run / "checkpoints.json").exists() and checkpoint.name.startswith("step-"):
         known = {n: read_json(run / f"{n}.json") if (run / f"{n}.json").exists() else {} for n in known}
         if model.resolve_run(run) != checkpoint:  # the results are those of the best one
@@ -96,7 +97,7 @@ def table(rows: list[list[str]], left: int) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in padded)
 
 
-def shown(value) -> str:
+def shown(value: object) -> str:
     """A setting in a table's cell."""
     if isinstance(value, bool) or value == "":
         return "yes" if value else "no"

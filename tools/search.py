@@ -62,6 +62,7 @@ def open_corpus(name: str) -> Corpus:
     dataset, *others = yardstick.resolve_datasets(name, flag="--corpus")
     if others:
         raise InputError(f"--corpus {name}: has several parts; give the folder of one of them")
+    assert isinstance(dataset.documents, Corpus)
     return dataset.documents
 
 
@@ -79,10 +80,12 @@ def dense_search(embedder: Embedder, corpus: Corpus, folder: Path, dtype: torch.
     embeddings = [store.read(*block) for block in blocks]  # (n, C) each, views of their files
 
     def find(question: str, k: int) -> yardstick.Hits:
-        query, best = yardstick.encode(embedder, [question], "query"), None  # (1, C)
+        query = yardstick.encode(embedder, [question], "query")  # (1, C)
+        best = yardstick.search(query, query[:0], k)  # nothing yet
         for (start, _), block in zip(blocks, embeddings, strict=True):
             best = yardstick.search(query, block, k, offset=start, best=best)
-        return yardstick.Hits(*(part.cpu().numpy() for part in best), corpus.ids)
+        scores, indices = best
+        return yardstick.Hits(scores.cpu().numpy(), indices.cpu().numpy(), corpus.ids)
 
     return find
 
