@@ -204,18 +204,19 @@ def isolated_documents(documents: Tensor, num_documents: int) -> Tensor:
 
 @dataclass
 class CrossDocument:
-    """What the n texts of a group need to read one another, in every layer and head, in Revela's second pass.
+    """What the texts of G groups of n need to read one another, in every layer and head, in Revela's second
+    pass.
 
-    weights:          (n, n) float, row i: how much text i takes from each other text; 0 on the diagonal.
-    keys, values:     layer -> (n, Hkv, S, D), of the first pass, in which each text was read by itself.
-    lengths:          the texts' lengths; later keys are padding.
+    weights:          (G, n, n) float, row i: how much text i takes from each other one; 0 on the diagonal.
+    keys, values:     layer -> (G*n, Hkv, S, D), of the first pass, in which each text was read by itself.
+    lengths:          (G*n,) int64; later keys are padding.
     normalise_values: divide what is read by the attention-weighted norm of the values.
     """
 
     weights: Tensor
     keys: dict[int, Tensor]
     values: dict[int, Tensor]
-    lengths: list[int]
+    lengths: Tensor
     normalise_values: bool = False
 
 
@@ -223,24 +224,27 @@ def cross_document_attention(q: Tensor, cross: CrossDocument, layer: int) -> Ten
     """What each row adds to its causal attention: sum_{j != i} w_ij b_ij, for rows of text i.
 
     b_ij = softmax(q_i k_j' / sqrt(D)) v_j is attention to all of text j's tokens; normalised, it is divided
-    by sum_s a_s |v_js| + 1e-6. q: (n, Hq, T, D). Returns (n, Hq, T, D) in q's dtype; gradients reach q, keys,
-    values and weights.
+    by sum_s a_s |v_js| + 1e-6. q: (G*n, Hq, T, D). Returns (G*n, Hq, T, D) in q's dtype; gradients reach q,
+    keys, values and weights.
     """
-    texts, num_heads, num_rows, dim = q.shape
-    keys, values = cross.keys[layer], cross.values[layer]
+    groups, n = cross.weights.shape[:2]
+    keys, values = (x[layer].unflatten(0, (groups, n)) for x in (cross.keys, cross.values))
+    real = torch.arange(keys.shape[3], device=q.device) < cross.lengths[:, None]  # (G*n, S)
+    real = real.unflatten(0, (groups, n))[:, :, None, None]  # (G, n, 1, 1, S)
     # To the keys of one text all else are rows: of every text, and of every head that shares them.
-    rows = q.reshape(texts, keys.shape[1], -1, dim).transpose(0, 1).flatten(1, 2)[None]  # (1, Hkv, n*G*T, D)
-    weights = cross.weights.repeat_interleave(rows.shape[2] // texts, dim=0)  # (n*G*T, n)
+    rows = q.unflatten(1, (keys.shape[2], -1)).flatten(2, 3)  # (G*n, Hkv, H*T, D), H heads share their keys
+    rows = rows.unflatten(0, (groups, n)).transpose(1, 2).flatten(2, 3)  # (G, Hkv, n*H*T, D)
+    weights = cross.weights.repeat_interleave(rows.shape[2] // n, dim=1)  # (G, n*H*T, n)
     total = torch.zeros_like(exact(rows))
-    for j, length in enumerate(cross.lengths):
-        k, v = keys[j, None, :, :length], values[j, None, :, :length]  # (1, Hkv, S, D)
-        read = F.scaled_dot_product_attention(rows, k, v)  # (1, Hkv, n*G*T, D)
+    for j in range(n):
+        k, v = keys[:, j], values[:, j]  # (G, Hkv, S, D)
+        read = F.scaled_dot_product_attention(rows, k, v, attn_mask=real[:, j])  # (G, Hkv, n*H*T, D)
         if cross.normalise_values:
-            norm = F.scaled_dot_product_attention(rows, k, v.norm(dim=-1, keepdim=True))
-            read = read / (norm + 1e-6)
-        total = total + weights[:, j, None] * exact(read)
-    total = total.to(q.dtype).unflatten(2, (texts, -1)).squeeze(0).transpose(0, 1)  # (n, Hkv, G*T, D)
-    return total.reshape(texts, num_heads, num_rows, dim)
+            norms = v.norm(dim=-1, keepdim=True)  # (G, Hkv, S, 1)
+            read = read / (F.scaled_dot_product_attention(rows, k, norms, attn_mask=real[:, j]) + 1e-6)
+        total = total + weights[:, None, :, j, None] * exact(read)
+    total = total.to(q.dtype).unflatten(2, (n, -1)).transpose(1, 2).flatten(0, 1)  # (G*n, Hkv, H*T, D)
+    return total.reshape(q.shape)
 
 
 def _masked_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:

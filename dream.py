@@ -27,7 +27,6 @@ This file never changes the judge, reads no labels in its loss, and writes only 
 """
 
 import argparse
-import itertools
 import json
 import math
 import os
@@ -272,28 +271,33 @@ def replug_objective(scored: Scored, judge: CausalLM, args: argparse.Namespace) 
 def revela_objective(scored: Scored, judge: CausalLM, args: argparse.Namespace) -> Tensor:
     """Revela (arXiv 2506.16552): texts of a group help to predict one another; retriever and LM train.
 
-    The rows are the n texts of one group, each with its first half as query; weights w_ij over the others are
-    softmax_{j != i}(s_ij / tau). Pass 1 reads each text by itself and keeps keys and values, in the graph;
-    in pass 2 every head adds sum_{j != i} w_ij b_ij (attention.py). Returns each text's share of the group's
-    mean next-token loss, times n.
+    The rows are the texts of some groups of n, each with its first half as query; weights w_ij over the
+    others of its group are softmax_{j != i}(s_ij / tau). Pass 1 reads each text by itself and keeps keys and
+    values, in the graph; in pass 2 every head adds sum_{j != i} w_ij b_ij (attention.py). Returns each text's
+    share of its group's mean next-token loss, times n.
     """
-    token_ids, lengths = scored.judge_inputs, [len(ids) for ids in scored.judge_inputs]
-    input_ids, on_device = pad(token_ids, scored.scores.device)  # (n, T)
+    n, lengths = scored.present.shape[1], [len(ids) for ids in scored.judge_inputs]
+    input_ids, on_device = pad(scored.judge_inputs, scored.scores.device)  # (B, T)
     alone = Cache(on_device)
     judge.model(input_ids, store=alone)
-    weights = scored.log_weights.exp()  # (n, n), 0 on the diagonal
-    cross = CrossDocument(weights, alone.keys, alone.values, lengths, args.normalise_values)
-    hidden = judge.model(input_ids, injection=cross)  # (n, T, C)
+    weights = scored.log_weights.exp().unflatten(0, (-1, n))  # (G, n, n), 0 on the diagonal
+    cross = CrossDocument(weights, alone.keys, alone.values, on_device, args.normalise_values)
+    hidden = judge.model(input_ids, injection=cross)  # (B, T, C)
 
-    def text_loss(rows: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(exact(judge.lm_head(rows)), targets, reduction="sum")
+    def chunk_loss(rows: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(exact(judge.lm_head(rows)), targets, reduction="none")
 
-    # One text's logits at a time: 152k words outweigh everything else.
-    losses = [
-        checkpoint(text_loss, hidden[i, : n - 1], input_ids[i, 1:n], use_reentrant=False)
-        for i, n in enumerate(lengths)
-    ]
-    return torch.stack(losses) * len(lengths) / max(sum(lengths) - len(lengths), 1)
+    owner = [text for text, length in enumerate(lengths) for _ in range(length - 1)]
+    place = [position for length in lengths for position in range(length - 1)]
+    owners, places = (to_device(torch.tensor(x), input_ids.device) for x in (owner, place))  # (K,)
+    chunks = zip(hidden[owners, places].split(512), input_ids[owners, places + 1].split(512), strict=True)
+    # Some logits at a time, computed again in the backward pass: 152k words outweigh everything else.
+    losses = torch.cat([checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks])  # (K,)
+    summed = losses.new_zeros(len(lengths)).index_add(0, owners, losses)  # (B,)
+    tokens = (
+        (on_device - 1).unflatten(0, (-1, n)).sum(1).clamp(min=1).repeat_interleave(n)
+    )  # (B,) of its group
+    return summed * n / tokens
 
 
 class _GatherRows(torch.autograd.Function):
@@ -414,8 +418,8 @@ def prepare_rows(
     else:
         lengths = [2 * len(token_ids) for token_ids in inputs]  # two passes
     if args.objective == "revela":
-        ends = [0, *itertools.accumulate(map(len, own))]
-        pieces = [list(range(first, end)) for first, end in itertools.pairwise(ends)]
+        together = args.judge_batch * len(own[0])  # all groups of a step are of one size
+        pieces = [list(range(i, min(i + together, len(rows)))) for i in range(0, len(rows), together)]
     elif args.objective == "infonce":
         pieces = [list(range(len(rows)))]
     else:
@@ -481,15 +485,13 @@ def training_step(
 
     # 2. Inject, predict, backward down to the embeddings.
     stats = {name: torch.zeros((), device=device) for name in SUMS}
-    groups = args.objective == "revela"
-    judge_size = ("--group-size", args.group_size) if groups else ("--judge-batch", args.judge_batch)
     for piece in prepared.pieces:
         rows = [prepared.rows[i] for i in piece]
         width = max(len(row.documents) for row in rows)
         numbers = [[texts[d.full_text, "document"] for d in row.documents] for row in rows]
         present = torch.tensor([[i < len(row) for i in range(width)] for row in numbers])
-        if groups:  # no text helps itself
-            present.fill_diagonal_(False)
+        if args.objective == "revela":  # no text of a group helps itself
+            present &= ~torch.eye(width, dtype=torch.bool).repeat(len(rows) // width, 1)
         present = to_device(present, device)
         candidates = torch.tensor([(row + [num_queries] * width)[:width] for row in numbers])
         candidates = to_device(candidates, device)
@@ -508,7 +510,7 @@ def training_step(
             embeddings[num_queries:],
             digests,
         )
-        with memory_advice(*judge_size):
+        with memory_advice("--judge-batch", args.judge_batch):
             loss = objective(scored).sum()
             (loss / prepared.num_rows).backward()
         with torch.no_grad():
@@ -1730,7 +1732,7 @@ FLAGS: dict[str, list[tuple]] = {
         ("thm", "seed", 0, int, "of everything drawn", {"type": number(int, 0)}),
     ],
     "memory and speed (no effect on results)": [
-        ("th", "judge_batch", 4, int, "prompts the judge reads at once"),
+        ("th", "judge_batch", 4, int, "prompts the judge reads at once; revela: groups"),
         ("t", "retriever_batch", 64, int, "texts embedded at once with a graph"),
         ("t", "activation_checkpointing", False, bool, "less memory, one more forward pass of what learns"),
         ("thm", "device", "auto", "NAME", "auto, cpu, cuda, cuda:1, ..."),

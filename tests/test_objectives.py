@@ -222,7 +222,7 @@ def test_cross_attention_in_groups_of_heads_reads_no_padding(tmp_path):
     alone = Cache(torch.tensor(lengths))
     judge.model(ids, store=alone)
     weights = torch.rand(3, 3, dtype=torch.float64).fill_diagonal_(0)
-    cross = CrossDocument(weights, alone.keys, alone.values, lengths)
+    cross = CrossDocument(weights[None], alone.keys, alone.values, torch.tensor(lengths))
     before = judge.model(ids, injection=cross)
     for keys in (alone.keys, alone.values):
         for tensor in keys.values():
