@@ -435,8 +435,8 @@ def prepare_rows(
     return PreparedRows(rows, num_rows, texts, token_ids, inputs, pieces, sum(lengths))
 
 
-SUMS = ["loss", "effective_candidates", "positive_weight", "labelled", "document_tokens_cut"]
-SUMS += ["retriever_tokens", "tokens"]
+COUNTS = ["document_tokens_cut", "retriever_tokens", "tokens"]
+SUMS = ["loss", "effective_candidates", "positive_weight", "labelled", *COUNTS]
 Objective = Callable[[Scored], Tensor]  # -> loss of each row (B,)
 
 
@@ -550,7 +550,7 @@ def per_row(stats: dict[str, Tensor], num_rows: int) -> dict[str, Tensor]:
     """Means instead of sums, as metrics.jsonl holds them; NaN is a weight that no row tells."""
     means = {name: stats[name] / num_rows for name in ("loss", "effective_candidates")}
     means["positive_weight"] = stats["positive_weight"] / stats["labelled"]
-    return means | {name: stats[name] for name in ("document_tokens_cut", "tokens")}
+    return means | {name: stats[name] for name in COUNTS}
 
 
 # Choosing the heads (QRHead, arXiv 2506.09944, on the rows that will be injected)
@@ -1307,7 +1307,7 @@ class Log:
             else:
                 del values["skipped"], values["rows"]
             numbers = {k: v for k, v in values.items() if not isinstance(v, float) or math.isfinite(v)}
-            whole = {k: int(numbers[k]) for k in ("tokens", "document_tokens_cut")}
+            whole = {k: int(numbers[k]) for k in COUNTS}
             self.write(numbers | whole)
             tokens += whole["tokens"]
             self.last = numbers if "loss" in numbers else self.last
@@ -1357,7 +1357,7 @@ def finish(out: Path, tests: list[RetrievalDataset], device: torch.device, dtype
     if tests:
         results = read_json(out / "results.json")
         embedder = load_embedder(out, device, dtype)
-        results["after"] = [evaluate_embedder(embedder, dataset) for dataset in tests]
+        results["after"] = [evaluate_embedder(embedder, dataset, per_query=True) for dataset in tests]
         if join_processes()[0]:
             return
         write_atomic(out / "results.json", json.dumps(results, indent=1) + "\n")
@@ -1372,7 +1372,8 @@ def finish(out: Path, tests: list[RetrievalDataset], device: torch.device, dtype
             )
             print(f"  {group:30}{means['queries']:8,}{figures}")
     print(f"\ncheckpoint: {resolve_run(out)}")
-    print(f"next: python eval.py --model {out} --dataset scifact nfcorpus", flush=True)
+    print(f"next: python eval.py --model {out} --dataset scifact nfcorpus")
+    print(f"report: python -m tools.report {out}", flush=True)
 
 
 # Mining candidates
