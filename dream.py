@@ -1286,10 +1286,8 @@ class Log:
             if first_step:  # lines after the checkpoint belong to steps that will be done again
                 if not path.exists():
                     raise InputError(f"{path}: no such file; the run cannot go on without its metrics")
-                for line in path.read_text().splitlines():
-                    if not line.endswith("}") or json.loads(line)["step"] > first_step:
-                        break  # half a line is from a process that was killed
-                    kept.append(line)
+                whole, _, _ = path.read_text().rpartition("\n")  # half a line is of a process that was killed
+                kept = [line for line in whole.splitlines() if json.loads(line)["step"] <= first_step]
             write_atomic(path, "".join(line + "\n" for line in kept))
             self.file = open(path, "a", encoding="utf-8")
 
