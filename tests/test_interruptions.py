@@ -167,7 +167,7 @@ def test_changed_settings_are_listed_and_refused_unless_told(world, tmp_path, ca
 def test_half_a_line_of_metrics_is_dropped(tmp_path):
     """Wherever it was cut, also right behind an inner brace."""
     path = tmp_path / "metrics.jsonl"
-    first, second = ('{"step": %d, "time": {"seconds": 1.0}}' % step for step in (4, 5))
+    first, second = (json.dumps({"step": step, "time": {"seconds": 1.0}}) for step in (4, 5))
     for cut in range(len(second) + 1):
         path.write_text(f"{first}\n{second[:cut]}")
         dream.Log(path, 5).close()
