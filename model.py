@@ -13,6 +13,7 @@ split-halves pairing.
 This file never trains, never tokenises prompts for the judge, and runs no code that comes with a checkpoint.
 """
 
+import difflib
 import hashlib
 import json
 import math
@@ -621,18 +622,25 @@ def find_folder(name: str | Path, weights: bool = True) -> Path:
     """
     if Path(name).is_dir():
         return Path(name)
-    if HUB_NAME.fullmatch(str(name)):
+    beside = Path(name).parent
+    known = [folder.name for folder in beside.iterdir() if folder.is_dir()] if beside.is_dir() else []
+    close = difflib.get_close_matches(Path(name).name, known, 1)
+    hint = f"; did you mean the folder {beside / close[0]}?" if close else ""
+    if not HUB_NAME.fullmatch(str(name)):
+        raise InputError(
+            f"{name}: no such folder; give the folder of a checkpoint (config.json, *.safetensors), or a "
+            f"Hugging Face name, owner/name or owner/name@revision{hint}"
+        )
+    try:
         folder = fetch_repository(str(name), [*DESCRIPTION_FILES, *(WEIGHT_FILES if weights else ())])
-        if weights and not any((folder / file).exists() for file in WEIGHT_FILES):
-            raise InputError(
-                f"{name}: no safetensors in {folder}: either the repository has none (pickled weights are "
-                "not read), or it was not fetched whole; run again while online"
-            )
-        return folder
-    raise InputError(
-        f"{name}: no such folder; give the folder of a checkpoint (config.json, *.safetensors), or a "
-        "Hugging Face name, owner/name or owner/name@revision"
-    )
+    except InputError as error:
+        raise InputError(f"{error}{hint}") from error
+    if weights and not any((folder / file).exists() for file in WEIGHT_FILES):
+        raise InputError(
+            f"{name}: no safetensors in {folder}: either the repository has none (pickled weights are "
+            "not read), or it was not fetched whole; run again while online"
+        )
+    return folder
 
 
 def load_tokenizer(folder: Path, config: Config) -> Tokenizer:

@@ -172,3 +172,19 @@ def test_the_commands_take_names_and_the_environment_counts(hub, tmp_path):
     assert again.returncode == 0 and "NDCG@10" in again.stdout
     shutil.rmtree(tmp_path / "home")
     assert run(HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="1").returncode == 2
+
+
+def test_a_mistyped_folder_gets_the_nearest_name(tmp_path, monkeypatch):
+    """Also where it reads like a name on the hub, which then cannot be had."""
+    monkeypatch.chdir(tmp_path)
+    tiny_checkpoint(tmp_path / "models" / "reader")
+    for name in ("models/raeder", str(tmp_path / "models" / "readr"), "./models/redaer"):
+        monkeypatch.setattr("model.fetch_repository", refuse)
+        with pytest.raises(InputError, match=r"did you mean the folder \S*models/reader\?$"):
+            find_folder(name)
+    with pytest.raises(InputError, match="owner/name@revision$"):
+        find_folder(str(tmp_path / "models" / "something-else"))
+
+
+def refuse(*arguments):
+    raise InputError("no connection")
