@@ -4,6 +4,7 @@
     python dream.py train --train rows.jsonl --judge Qwen/Qwen2.5-1.5B --retriever Qwen/Qwen2.5-0.5B --out a
     torchrun --nproc-per-node 8 dream.py train --train rows.jsonl --judge DIR --retriever DIR --out b
     python dream.py train --resume a                          go on where it stopped
+    python dream.py train --objective infonce                 InfoNCE, REPLUG or Revela, all else equal
     python dream.py heads --train rows.jsonl --judge DIR --out heads.json
     python dream.py mine --corpus corpus.jsonl --questions questions.jsonl --out rows.jsonl
 
@@ -23,7 +24,10 @@ injected), so they are read once without a graph; below the first layer with a s
 graph at all. The judge sees the retriever only through the embeddings: they are leaves, and peak memory is
 the larger of the two models, not their sum.
 
-This file never changes the judge, reads no labels in its loss, and writes only into the run's folder.
+What DREAM is compared with takes the same way: an objective is a function from scored rows to losses. With
+--judge-lora and for Revela the language model learns too, and nothing of it can be read without a graph.
+
+DREAM's loss reads no labels, and its judge never changes; this file writes only into the run's folder.
 """
 
 import argparse
@@ -1814,7 +1818,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     settings["judge_template"] = read_template(settings["judge_template"])
     if command == "mine" and sum(map(bool, map(settings.get, ("questions", "from_text", "groups")))) != 1:
         parser.error("give one of --questions FILE, --from-text next|rest, --groups N")
-    needed = ("retriever", "out") if settings.get("objective") == "infonce" else ("judge", "retriever", "out")
+    objective = settings.get("objective", "dream")
+    if settings.get("judge_lora") and objective in ("infonce", "replug"):
+        parser.error(f"--judge-lora: {objective} has no judge that could learn")
+    if settings.get("refresh_candidates") and objective == "revela":
+        parser.error("--refresh-candidates: revela has no queries to mine by")
+    needed = ("retriever", "out") if objective == "infonce" else ("judge", "retriever", "out")
     for name in needed:
         if settings.get(name, "") is None:
             parser.error(f"--{name} is missing; it is needed beside --train")

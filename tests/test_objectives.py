@@ -412,3 +412,17 @@ def test_revela_reads_rows_without_questions(tmp_path):
     assert Rows(path, documents_only=True)[0].documents == [Document("", "a b c"), Document("", "d e f")]
     with pytest.raises(InputError, match="no target"):
         Rows(path)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--objective replug --judge-lora", "replug has no judge that could learn"),
+        ("--objective infonce --judge-lora", "infonce has no judge that could learn"),
+        ("--objective revela --refresh-candidates 5", "revela has no queries to mine by"),
+    ],
+)
+def test_flags_that_exclude_each_other(flags, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        dream.main(["train", *flags.split()])
+    assert error.value.code == 2 and message in capsys.readouterr().err

@@ -42,7 +42,14 @@ def stand_in(command: str) -> list[str] | None:
         return None
     launcher = [sys.executable]
     if words[0] == "torchrun":
-        launcher += ["-m", "torch.distributed.run", "--master-port", "0"]
+        launcher += [
+            "-m",
+            "torch.distributed.run",
+            "--rdzv-backend",
+            "c10d",
+            "--rdzv-endpoint",
+            "localhost:0",
+        ]
         words[words.index("8")] = "2"
     words = ["cpu" if word == "cuda" else word for word in words[1:]]
     words = ["demo" if word == "rteb" else word for word in words]  # its layouts: test_datasets.py
