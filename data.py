@@ -118,7 +118,7 @@ def writing(path: Path) -> Iterator[TextIO]:
     """A text file that appears whole when the block ends, or not at all. Raises InputError."""
     check_writable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # several processes may write the same file
     try:
         with open(temporary, "w", encoding="utf-8") as file:
             yield file

@@ -7,7 +7,7 @@ The folder holds corpus.jsonl {_id, title, text} and {train,dev}.jsonl {id, quer
 source}, split by passage: SQuADShifts and PubMedQA, of which PubMedQA's questions are left out (its answers
 stand in no passage). Written are
 
-rows.jsonl   8,000 training questions, each with a window of about 60 words around its answer as the source, and
+rows.jsonl   8,000 training questions, each with a window of about 60 words around its answer as source and
              three such windows of other passages, drawn at random, none of the dev split's
 dev.jsonl    200 rows of the dev split likewise, for `dream.py heads`
 qa/          a BEIR folder: 500 questions of the dev split over its passages and others, 1,500 in all
