@@ -246,6 +246,22 @@ def test_a_dry_run_writes_nothing(toy, capsys):
     assert "--seed=1 --out=" in shown
 
 
+def test_tables_of_what_is_there(toy):
+    """Nothing is run, whatever is missing; and the threads are the user's, where there is a number."""
+    assert toy("--only", "first") == 0
+    toy.calls()
+    (toy.folder / "results.md").unlink()
+    assert toy("--tables") == 0
+    assert toy.calls() == [] and "missing" in (toy.folder / "results.md").read_text()
+
+
+def test_threads_are_those_that_are_asked_for(toy, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert toy("--only", "first", "--jobs", "2") == 0
+    machines = toy.results()["machines"]
+    assert [own["threads"] for own in (machines.values() if isinstance(machines, dict) else machines)] == [3]
+
+
 def test_preparing_is_done_once(toy, capsys):
     script = toy.folder / "make.py"
     script.write_text("import sys; open(sys.argv[1], 'x').write('made')")

@@ -3,6 +3,7 @@
     python -m tools.study studies/demo/study.json
     python -m tools.study studies/demo/study.json --jobs 2 --only dream infonce
     python -m tools.study studies/demo/study.json --dry-run
+    OMP_NUM_THREADS=1 python -m tools.study studies/demo/study.json     one core, beside other work
 
 Run it from the project's root. The study file is one JSON object:
 
@@ -638,8 +639,9 @@ def make_inputs(study: Study, threads: int) -> None:
 
 def run_study(study: Study, jobs: int, only: list[str], command: Command) -> int:
     """Prepare, run what is not finished, write; the exit status."""
-    cores = os.cpu_count() or 1
-    threads = max(1, cores // jobs)
+    cores, given = os.cpu_count() or 1, os.environ.get("OMP_NUM_THREADS", "")
+    # More threads than free cores stall a run many times over: a reader who knows of other work can say so.
+    threads = int(given) if given.isdigit() else max(1, cores // jobs)
     failed: set[tuple[str, int]] = set()
     with dream.run_lock(study.out):
         make_inputs(study, cores)
@@ -694,6 +696,7 @@ def main(argv: list[str] | None = None, command: Command = dream_command) -> int
     add("--results", type=Path, metavar="DIR", help="where tables and figures go (default: beside FILE)")
     add("--jobs", type=int, default=1, metavar="N", help="runs at once, which share the cores (default: 1)")
     add("--only", nargs="+", default=[], metavar="NAME", help="run these alone")
+    add("--tables", action="store_true", help="run nothing, write what is finished")
     add("--dry-run", action="store_true", help="show what would be run, and write nothing")
     args = parser.parse_args(argv)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -705,6 +708,9 @@ def main(argv: list[str] | None = None, command: Command = dream_command) -> int
             raise InputError(f"--only: no run is named {unknown[0]!r}; there are {', '.join(study.runs)}")
         if args.dry_run:
             show_plan(study, args.only)
+            return 0
+        if args.tables:
+            print(write_results(study, set()))
             return 0
         return run_study(study, args.jobs, args.only, command)
     except KeyboardInterrupt:
