@@ -81,15 +81,18 @@ def draw_facts(rng: random.Random) -> tuple[dict[str, list[world.Fact]], set[str
     return facts, seen, taken
 
 
-def choose_candidates(fact: world.Fact, facts: list[world.Fact], rng: random.Random) -> list[world.Fact]:
-    """The fact and seven others: up to two of its entity, three of its attribute, the rest at random."""
+def choose_candidates(
+    fact: world.Fact, facts: list[world.Fact], rng: random.Random, number: int = 8, shuffle: bool = True
+) -> list[world.Fact]:
+    """The fact and others: up to two of its entity, three of its attribute, the rest at random."""
     others = [other for other in facts if other != fact]
     same_entity = [other for other in others if other.name == fact.name]
     topic = (fact.kind, fact.attribute)
     same_attribute = [other for other in others if (other.kind, other.attribute) == topic]
     chosen = [fact, *rng.sample(same_entity, min(2, len(same_entity))), *rng.sample(same_attribute, 3)]
-    chosen += rng.sample([other for other in others if other not in chosen], 8 - len(chosen))
-    rng.shuffle(chosen)
+    chosen += rng.sample([other for other in others if other not in chosen], number - len(chosen))
+    if shuffle:
+        rng.shuffle(chosen)
     return chosen
 
 

@@ -41,6 +41,16 @@ def every(**changes):
     return settings(**{**defaults, **changes})
 
 
+def learning(judge, checkpointing):
+    """Give the judge adapters that change something."""
+    add_lora(judge.model, 4, 8)
+    for name, parameter in judge.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    judge.double()
+    judge.model.activation_checkpointing = checkpointing
+
+
 # InfoNCE
 
 
@@ -170,12 +180,7 @@ def plain_revela(judge, texts, weights, normalise):
 def test_revela_equals_its_equation(tmp_path, normalise, checkpointing):
     """Both passes, the weights, and the gradients of retriever and LM, the first pass not detached."""
     judge, retriever, builder, rows = world(tmp_path)
-    add_lora(judge.model, 4, 8)
-    for name, parameter in judge.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    judge.double()
-    judge.model.activation_checkpointing = checkpointing
+    learning(judge, checkpointing)
     args = every(objective="revela", normalise_values=normalise)
     stats, found = step(retriever, builder, rows, args, judge)
     groups = dream.revela_groups(retriever, rows, 4)
@@ -237,12 +242,7 @@ def test_cross_attention_in_groups_of_heads_reads_no_padding(tmp_path):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_judge_lora_equals_one_plain_graph(tmp_path, inject_rows, checkpointing):
     judge, retriever, builder, rows = world(tmp_path)
-    add_lora(judge.model, 4, 8)
-    for name, parameter in judge.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    judge.double()
-    judge.model.activation_checkpointing = checkpointing
+    learning(judge, checkpointing)
     args = every(inject_rows=inject_rows)
     stats, found = step(retriever, builder, rows, args, judge, HEADS)
     judge.model.activation_checkpointing = False

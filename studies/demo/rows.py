@@ -16,20 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from demo import world  # noqa: E402
-from demo.make import draw_facts, write_jsonl  # noqa: E402
-
-CANDIDATES = 16
-
-
-def candidates(fact: world.Fact, facts: list[world.Fact], rng: random.Random) -> list[world.Fact]:
-    """The fact, those that are easily taken for it, and others."""
-    others = [other for other in facts if other != fact]
-    same_entity = [other for other in others if other.name == fact.name]
-    topic = (fact.kind, fact.attribute)
-    same_attribute = [other for other in others if (other.kind, other.attribute) == topic]
-    chosen = [fact, *rng.sample(same_entity, min(2, len(same_entity))), *rng.sample(same_attribute, 3)]
-    rest = [other for other in others if other not in chosen]
-    return chosen + rng.sample(rest, CANDIDATES - len(chosen))
+from demo.make import choose_candidates, draw_facts, write_jsonl  # noqa: E402
 
 
 def main() -> None:
@@ -43,7 +30,8 @@ def main() -> None:
     asked = [(fact, query) for fact in facts for query in world.questions(fact, "train")]
     rows = []
     for fact, query in rng.sample(asked, 2000):
-        documents = [world.write_document(other, rng) for other in candidates(fact, facts, rng)]
+        candidates = choose_candidates(fact, facts, rng, 16, shuffle=False)
+        documents = [world.write_document(other, rng) for other in candidates]
         rows.append({"query": query, "target": fact.answer, "documents": documents, "positive": 0})
     corpus = [{"_id": f"t{i}", **world.write_document(fact, rng)} for i, fact in enumerate(facts)]
     write_jsonl(out / "corpus.jsonl", corpus)
