@@ -474,6 +474,8 @@ class Rows:
             )
         given, positive = self._candidates(where, value)
         position: dict[Document, int] = {}
+        group = self.documents_only and "query" not in value  # of passages that belong together: all of them
+        limit = None if group else self.num_candidates
         for number, document in enumerate(given):
             if isinstance(document, str):
                 document = Document("", document.strip())
@@ -486,7 +488,7 @@ class Rows:
                 raise InputError(f"{where}: document {number} is neither a string nor an object with 'text'")
             if not document.full_text:
                 raise InputError(f"{where}: document {number} is empty")
-            if self.num_candidates is None or len(position) < self.num_candidates or document in position:
+            if limit is None or len(position) < limit or document in position:
                 position.setdefault(document, len(position))
             if number == positive:
                 positive_document = document

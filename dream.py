@@ -1479,6 +1479,8 @@ def text_questions(corpus: Corpus, args: argparse.Namespace) -> list[dict]:
 
 def write_groups(corpus: Corpus, out: Path, size: int) -> None:
     """Rows of so many passages that follow one another, without question and target: Revela's."""
+    if len(corpus) < size:
+        raise InputError(f"--groups {size}: the corpus has {len(corpus):,} passages only")
     with writing(out) as file:
         for first in range(0, len(corpus) - size + 1, size):
             documents = [corpus[i][1] for i in range(first, first + size)]
@@ -1832,13 +1834,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def check_settings(path: Path, settings: dict, defaults: dict) -> dict:
     """The settings of a run, of the types that the flags give. Raises InputError."""
+    choices = {flag[1]: flag[3] for flags in FLAGS.values() for flag in flags if isinstance(flag[3], list)}
     for name, value in settings.items():
         default = defaults.get(name)
         kinds = {float: (int, float), type(None): (int, float, str, type(None))}.get(
             type(default), type(default)
         )
         kinds = str if name in ("train", "judge", "retriever", "out") else kinds
-        if name in defaults and not isinstance(value, kinds):
+        if name in defaults and (not isinstance(value, kinds) or value not in choices.get(name, [value])):
             raise InputError(f"{path}: {name} is {value!r}, not what the flag gives")
     return settings
 

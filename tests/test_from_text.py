@@ -114,7 +114,7 @@ def test_limit_and_groups(tmp_path, capsys):
     assert "out of 3 passages" in capsys.readouterr().out
     assert dream.main(["mine", "--groups", "4", "--corpus", path, "--out", str(out)]) == 0
     texts = [json.loads(line)["text"] for line in open(f"{out}.passages.jsonl")]
-    rows = Rows(out, documents_only=True)
+    rows = Rows(out, 2, documents_only=True)  # --candidates cuts rows with questions, not groups
     assert [d.text for i in range(len(rows)) for d in rows[i].documents] == texts[: len(texts) // 4 * 4]
 
 
@@ -131,3 +131,9 @@ def test_no_question_in_the_text(tmp_path, capsys):
         dream.main(["mine", "--from-text", "next", "--corpus", str(path), "--out", str(tmp_path / "r")]) == 2
     )
     assert f"{path}: no questions" in capsys.readouterr().err
+
+
+def test_too_few_passages_for_a_group(tmp_path, capsys):
+    out = tmp_path / "rows.jsonl"
+    assert dream.main(["mine", "--groups", "99", "--corpus", str(corpus(tmp_path)), "--out", str(out)]) == 2
+    assert "--groups 99: the corpus has" in capsys.readouterr().err and not out.exists()

@@ -426,3 +426,9 @@ def test_flags_that_exclude_each_other(flags, message, capsys):
     with pytest.raises(SystemExit) as error:
         dream.main(["train", *flags.split()])
     assert error.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_run_whose_settings_name_no_objective_of_ours(tmp_path, capsys):
+    (tmp_path / "settings.json").write_text(json.dumps({"objective": "magic"}))
+    assert dream.main(["train", "--resume", str(tmp_path)]) == 2
+    assert "objective is 'magic', not what the flag gives" in capsys.readouterr().err
