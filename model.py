@@ -15,6 +15,7 @@ This file never trains, never tokenises prompts for the judge, and runs no code 
 
 import difflib
 import hashlib
+import importlib
 import json
 import math
 import os
@@ -314,11 +315,17 @@ class Layer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+class Embedding(nn.Embedding):
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:  # there a draw changes nothing, and imports torch._dynamo: two seconds
+            super().reset_parameters()
+
+
 class Decoder(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.activation_checkpointing = False  # keep only each layer's input, and compute the rest again
@@ -482,6 +489,9 @@ def join_processes() -> tuple[int, int]:
     if processes == 1:
         return 0, 1
     if not torch.distributed.is_initialized():
+        # Its functions' defaults keep the group that exists when torch first imports it (as torch._dynamo
+        # does): gloo's threads would outlive `leave_processes` and now and then abort the exit.
+        importlib.import_module("torch.distributed.nn.functional")
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         # Ranks wait for the first while it chooses heads or fetches data: longer than the default allows.
@@ -492,6 +502,7 @@ def join_processes() -> tuple[int, int]:
 
 
 def leave_processes() -> None:
+    """End the process group, and with it its threads: one that outlives the interpreter may abort it."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

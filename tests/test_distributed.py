@@ -4,12 +4,27 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
 from safetensors.torch import load_file
 from test_eval import random_texts, write_beir
 from tiny import tiny_checkpoint
+
+LEAVES = """
+import importlib, pathlib, sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from model import join_processes, leave_processes
+join_processes()
+importlib.import_module("torch._dynamo")  # as an optimizer or --compile does, after the group exists
+torch.distributed.all_reduce(torch.ones(3))
+names = lambda: [path.read_text() for path in pathlib.Path("/proc/self/task").glob("*/comm")]
+assert any("gloo" in name for name in names()), names()
+leave_processes()
+assert not any("gloo" in name for name in names()), names()
+"""
 
 
 def launch(processes, script, *arguments, **settings):
@@ -113,3 +128,12 @@ def test_commands_that_are_not_for_several_processes_say_so(world):
     command = [sys.executable, str(ROOT / "dream.py"), "heads"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
     assert done.returncode == 2 and done.stderr.endswith("heads runs in one process, without torchrun\n")
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/task").exists(), reason="reads the names of threads, as Linux tells them"
+)
+def test_no_thread_of_the_group_outlives_it(tmp_path):
+    """One that does may want the interpreter while it ends: the process then aborts, its work done."""
+    (tmp_path / "leaves.py").write_text(LEAVES)
+    launch(2, tmp_path / "leaves.py", ROOT)
