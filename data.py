@@ -762,14 +762,19 @@ class PromptBuilder:
         encoded = self._encode([self._before_query + query + self._after_query for query in queries])
         return [front + ids + end for ids in encoded]
 
-    def check(self, rows: Sequence[Row]) -> int:
-        """Raise InputError for a row whose prompt cannot be built; return how many targets will be cut."""
+    def check(self, rows: Sequence[Row], later: int = 0) -> int:
+        """Raise InputError for a row whose prompt cannot be built; return how many targets will be cut.
+
+        later: how many other documents a row may get, of any length.
+        """
         cut = 0
         for row, (question, target) in zip(rows, self._ends(rows), strict=True):
             cut += len(target) > self.max_target
             taken = len(self._start) + len(question) + min(len(target), self.max_target)
             if taken + len(row.documents) * self.MIN_DOCUMENT_TOKENS > self.context:
                 self.build([row])  # fits only if its documents are short
+            if taken + later * self.MIN_DOCUMENT_TOKENS > self.context:
+                raise self._no_room(row, self.context - taken, later)
         return cut
 
     def with_query(self, prompts: list[Prompt], query: str) -> list[Prompt]:
@@ -782,6 +787,12 @@ class PromptBuilder:
             changed.append(replace(prompt, input_ids=head + target, target_start=len(head)))
         return changed
 
+    def _no_room(self, row: Row, room: int, documents: int) -> InputError:
+        return InputError(
+            f"{row.where}: the judge's context of {self.context} tokens leaves {max(room, 0)} for its "
+            f"{documents} documents; use fewer --candidates or a larger --judge-context"
+        )
+
     def _assemble(
         self, row: Row, order: list[int], blocks: list[list[int]], question: list[int], target: list[int]
     ) -> Prompt:
@@ -790,10 +801,7 @@ class PromptBuilder:
         lengths = [len(block) for block in blocks]
         limit = fit_longest_first(lengths, room)
         if limit < min(self.MIN_DOCUMENT_TOKENS, max(lengths)):
-            raise InputError(
-                f"{row.where}: the judge's context of {self.context} tokens leaves {max(room, 0)} for its "
-                f"{len(blocks)} documents; use fewer --candidates or a larger --judge-context"
-            )
+            raise self._no_room(row, room, len(blocks))
         input_ids = list(self._start)
         spans = [(0, 0)] * len(blocks)
         for candidate in order:

@@ -93,7 +93,6 @@ from eval import (
     evaluate_embedder,
     evaluate_hits,
     expand_names,
-    memory_advice,
     one_ahead,
     resolve_datasets,
 )
@@ -337,7 +336,7 @@ class PreparedRows:
     """What a step needs of this process's rows, in tokens: made while the step before it runs."""
 
     rows: list[Row]
-    num_rows: int  # of all processes: what sums over rows are divided by
+    indices: list[int]  # of all processes' rows in their file; sums over rows are divided by their number
     texts: dict[tuple[str, str], int]  # (text, kind) -> its number among the distinct texts
     token_ids: list[list[int]]  # of the distinct texts
     judge_inputs: list
@@ -410,10 +409,10 @@ def prepare_rows(
         groups = revela_groups(retriever, rows, args.group_size)
         if len(groups) < processes:
             raise InputError(f"--batch {args.batch}: makes {len(groups)} groups for {processes} processes")
-        num_rows, own = sum(map(len, groups)), groups[rank::processes]
+        indices, own = [row.index for group in groups for row in group], groups[rank::processes]
         rows = [row for group in own for row in group]
     else:
-        num_rows, rows = len(rows), rows[rank::processes]
+        indices, rows = [row.index for row in rows], rows[rank::processes]
     inputs = judge_inputs(builder, rows, args, seed)
     if args.objective == "dream":
         lengths = [len(prompt.input_ids) - 1 for prompt in inputs]
@@ -436,12 +435,22 @@ def prepare_rows(
     token_ids: list[list[int]] = []
     for kind in ("query", "document"):
         token_ids += retriever.tokenize([text for text, own in texts if own == kind], kind)
-    return PreparedRows(rows, num_rows, texts, token_ids, inputs, pieces, sum(lengths))
+    return PreparedRows(rows, indices, texts, token_ids, inputs, pieces, sum(lengths))
 
 
 COUNTS = ["document_tokens_cut", "retriever_tokens", "tokens"]
 SUMS = ["loss", "effective_candidates", "positive_weight", "labelled", *COUNTS]
 Objective = Callable[[Scored], Tensor]  # -> loss of each row (B,)
+
+
+@contextmanager
+def memory_advice(flag: str, value: int) -> Iterator[None]:
+    """Out of the device's memory: tell which flag to lower, and its value now."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        told = str(error).splitlines()[0][:200]
+        raise InputError(f"out of memory: lower {flag}, which is {value} now ({told})") from error
 
 
 def gradient_of(leaf: Tensor) -> Tensor:
@@ -516,7 +525,7 @@ def training_step(
         )
         with memory_advice("--judge-batch", args.judge_batch):
             loss = objective(scored).sum()
-            (loss / prepared.num_rows).backward()
+            (loss / len(prepared.indices)).backward()
         with torch.no_grad():
             stats["loss"] += loss
             entropy = -(log_weights.exp() * log_weights.masked_fill(~present, 0.0)).sum(-1)  # (B,)
@@ -824,7 +833,9 @@ def print_report(labels: dict | None, num_rows: int, heads: Heads, total: int, r
 # Training
 
 
-RUN_FILES = ("checkpoints.json", "settings.json", "heads.json", "metrics.jsonl", "results.json")
+RUN_FILES = (
+    "checkpoints.json settings.json heads.json metrics.jsonl results.json report.html report.md".split()
+)
 
 
 def learning_rate(step: int, peak: float, args: argparse.Namespace) -> float:
@@ -970,9 +981,9 @@ def save_checkpoint(
 
 def check_prompts(rows: Rows, builder: PromptBuilder, args: argparse.Namespace) -> None:
     """Every row's prompt must be buildable now, not after hours; tells how many targets are cut."""
-    cut = 0
+    cut, later = 0, args.candidates if args.refresh_candidates else 0
     for first in tqdm(range(0, len(rows), 1024), desc="check", unit="x1024 rows", disable=len(rows) < 50_000):
-        cut += builder.check([rows[i] for i in range(first, min(first + 1024, len(rows)))])
+        cut += builder.check([rows[i] for i in range(first, min(first + 1024, len(rows)))], later)
     print(f"{cut:,} targets cut to {args.max_target} tokens", flush=True)
 
 
@@ -985,8 +996,13 @@ def check_labels(rows: Rows, usable: list[int], args: argparse.Namespace) -> Non
             )
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, names: Iterable[str], folder: Path) -> None:
-    """The optimizer's state as `save_checkpoint` left it, for parameters of these names, in this order."""
+def load_trainer(
+    optimizer: torch.optim.Optimizer, names: Iterable[str], folder: Path
+) -> tuple[int, dict[str, Any]]:
+    """What `save_checkpoint` left beside the weights: the steps done and the best of them on dev.
+
+    The optimizer gets its state back, for parameters of these names, in this order.
+    """
     path = folder / "optimizer.safetensors"
     try:
         saved = load_file(path)
@@ -999,6 +1015,12 @@ def load_optimizer(optimizer: torch.optim.Optimizer, names: Iterable[str], folde
     except (SafetensorError, OSError, KeyError) as error:
         raise InputError(f"{path}: not a whole file of this run's optimizer ({error})") from error
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    path = folder / "trainer.json"
+    progress = read_json(path)
+    step, best = progress.get("step"), progress.get("best")
+    if type(step) is not int or step < 1 or not isinstance(best, dict):
+        raise InputError(f"{path}: 'step' or 'best' is missing or wrong")
+    return step, best
 
 
 def train(args: argparse.Namespace) -> int:
@@ -1066,6 +1088,68 @@ class Interrupt:
         return signal.Signals(int(number)) if number else None
 
 
+def last_checkpoint(args: argparse.Namespace) -> Path | None:
+    """Where a resumed run goes on; None for one that begins. Raises InputError where a run is in the way."""
+    out = Path(args.out)
+    listing = out / "checkpoints.json"
+    if not listing.exists():  # killed before its first checkpoint, a run begins anew
+        return None
+    if args.resume:
+        return inside(out, read_json(listing).get("last"), listing)
+    if not args.overwrite:
+        raise InputError(f"{out}: holds a run already; --resume {out} goes on, --overwrite starts anew")
+    return None
+
+
+def split_rows(args: argparse.Namespace) -> tuple[Rows, list[Row], list[int]]:
+    """The rows; those that choose the heads, which are never trained on; the others' numbers."""
+    rows = Rows(args.train, args.candidates, documents_only=args.objective == "revela")
+    begun_with = vars(args).get("rows_fingerprint", rows.fingerprint)
+    if args.resume and not args.change_settings and rows.fingerprint != begun_with:
+        raise InputError(f"{args.train}: has changed since the run began; --change-settings goes on with it")
+    order = shuffled(len(rows), args.seed)
+    aside = min(args.head_examples, len(rows) // 10)
+    if not aside:
+        raise InputError(f"{args.train}: {len(rows)} rows are too few, at least 10 are needed")
+    return rows, [rows[i] for i in order[:aside]], sorted(order[aside:])
+
+
+def begin(args: argparse.Namespace, heads: dict | None) -> None:
+    """The run's folder without what --overwrite throws away, with the heads that were chosen."""
+    out = Path(args.out)
+    if args.overwrite:  # only now that all input was read: --heads may lie in there
+        for name in RUN_FILES:
+            (out / name).unlink(missing_ok=True)
+        for old in out.glob("step-*/trainer.json"):
+            shutil.rmtree(old.parent)
+    if heads:
+        write_atomic(out / "heads.json", json.dumps(heads) + "\n")
+
+
+def write_before(args: argparse.Namespace, retriever: Embedder, tests: list[RetrievalDataset]) -> None:
+    """results.json with what BM25 and the untrained retriever find."""
+    rank, _ = join_processes()
+    results: dict[str, list[dict]] = {"bm25": [], "before": [], "after": []}
+    for dataset in tests:
+        results["before"].append(evaluate_embedder(retriever, dataset, per_query=True))
+        if rank == 0:
+            hits = bm25_hits(dataset, 100, quiet=True)
+            results["bm25"].append(evaluate_hits(dataset, hits, 100, per_query=True)[0])
+    if rank == 0:
+        write_atomic(Path(args.out) / "results.json", json.dumps(results, indent=1) + "\n")
+
+
+def make_optimizer(names: dict[str, torch.nn.Parameter], args: argparse.Namespace) -> torch.optim.AdamW:
+    """AdamW; the retriever's parameters first, then those of a judge that learns."""
+    peaks = {False: args.lr, True: args.judge_lr or args.lr}
+    groups = [
+        {"params": [p for name, p in names.items() if name.startswith("judge.") == of_judge], "peak": peak}
+        for of_judge, peak in peaks.items()
+    ]
+    # The fused kind can leave out a step without asking the device.
+    return torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=True)
+
+
 def fit(
     args: argparse.Namespace, tests: list[RetrievalDataset], device: torch.device, dtype: torch.dtype
 ) -> signal.Signals | None:
@@ -1077,23 +1161,8 @@ def fit(
     """
     out = Path(args.out)
     rank, processes = join_processes()
-    resume = None
-    if args.resume and (out / "checkpoints.json").exists():  # killed before its first, a run begins anew
-        listing = out / "checkpoints.json"
-        resume = inside(out, read_json(listing).get("last"), listing)
-    elif not args.resume and (out / "checkpoints.json").exists():
-        if not args.overwrite:
-            raise InputError(f"{out}: holds a run already; --resume {out} goes on, --overwrite starts anew")
-
-    rows = Rows(args.train, args.candidates, documents_only=args.objective == "revela")
-    begun_with = vars(args).get("rows_fingerprint", rows.fingerprint)
-    if args.resume and not args.change_settings and rows.fingerprint != begun_with:
-        raise InputError(f"{args.train}: has changed since the run began; --change-settings goes on with it")
-    order = shuffled(len(rows), args.seed)
-    aside = min(args.head_examples, len(rows) // 10)  # rows that choose the heads are never trained on
-    held_out, usable = [rows[i] for i in order[:aside]], sorted(order[aside:])
-    if not held_out:
-        raise InputError(f"{args.train}: {len(rows)} rows are too few, at least 10 are needed")
+    resume = last_checkpoint(args)
+    rows, held_out, usable = split_rows(args)
     dev = None
     if args.dev:
         dev, *others = resolve_datasets(args.dev, args.dev_split, "--dev")
@@ -1121,23 +1190,11 @@ def fit(
         saved = None
         if rank == 0 and judge and builder and args.objective == "dream":
             heads, saved = select_heads(judge, builder, held_out, args, device)
-        if rank == 0 and args.overwrite:  # only now that all input was read: --heads may lie in there
-            for name in RUN_FILES:
-                (out / name).unlink(missing_ok=True)
-            for old in out.glob("step-*/trainer.json"):
-                shutil.rmtree(old.parent)
-        if saved:
-            write_atomic(out / "heads.json", json.dumps(saved) + "\n")
+        if rank == 0:
+            begin(args, saved)
         if judge:
             heads = share_heads(heads, judge.config, device)
-        results: dict[str, list[dict]] = {"bm25": [], "before": [], "after": []}
-        for dataset in tests:
-            results["before"].append(evaluate_embedder(retriever, dataset, per_query=True))
-            if rank == 0:
-                hits = bm25_hits(dataset, 100, quiet=True)
-                results["bm25"].append(evaluate_hits(dataset, hits, 100, per_query=True)[0])
-        if rank == 0:
-            write_atomic(out / "results.json", json.dumps(results, indent=1) + "\n")
+        write_before(args, retriever, tests)
     names = trained(retriever, judge)
     if rank == 0:
         settings = {**vars(args), "rows": len(rows), "rows_fingerprint": rows.fingerprint, "resume": None}
@@ -1150,25 +1207,10 @@ def fit(
     if processes > 1:
         for parameter in parameters:
             torch.distributed.broadcast(parameter.data, src=0)
-    optimizer = torch.optim.AdamW(
-        [
-            {
-                "params": [p for name, p in names.items() if name.startswith("judge.") == of_judge],
-                "peak": peak,
-            }
-            for of_judge, peak in ((False, args.lr), (True, args.judge_lr or args.lr))
-        ],
-        weight_decay=args.weight_decay,
-        fused=True,  # the kind that can leave out a step without asking the device
-    )
+    optimizer = make_optimizer(names, args)
     first_step, best, mined = 0, dict[str, Any](), None
     if resume:
-        load_optimizer(optimizer, names, resume)
-        state = read_json(resume / "trainer.json")
-        saved_step, saved_best = state.get("step"), state.get("best")
-        if type(saved_step) is not int or saved_step < 1 or not isinstance(saved_best, dict):
-            raise InputError(f"{resume / 'trainer.json'}: 'step' or 'best' is missing or wrong")
-        first_step, best = saved_step, saved_best
+        first_step, best = load_trainer(optimizer, names, resume)
         if (resume / "candidates.safetensors").exists():
             mined = CandidatePool(rows, usable), load_candidates(resume / "candidates.safetensors", usable)
     log = Log(out / "metrics.jsonl" if rank == 0 else None, first_step)
@@ -1198,7 +1240,7 @@ def fit(
             stats = training_step(retriever, objective, batch, args, (args.seed, step, rank))
             if processes > 1:
                 stats = add_up(stats, parameters)
-            stats = per_row(stats, batch.num_rows)
+            stats = per_row(stats, len(batch.indices))
             stats["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, args.clip)
             stats["skipped"] = ~(stats["grad_norm"].isfinite() & stats["loss"].isfinite())
             # Where it is 1, AdamW changes nothing.
@@ -1206,7 +1248,7 @@ def fit(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             rate = {"lr": learning_rate(step, args.lr, args)}
-            log.add(step + 1, stats | rate, time.perf_counter() - started, [row.index for row in batch.rows])
+            log.add(step + 1, stats | rate, time.perf_counter() - started, batch.indices)
             bar.update()
             stopped, done = interrupt.agreed(), step + 1 == args.steps
             due = (step + 1) % args.eval_every == 0 or done

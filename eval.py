@@ -37,7 +37,7 @@ import subprocess
 import sys
 import time
 from array import array
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -158,34 +158,36 @@ def tokenize(embedder: Embedder, texts: Iterable[str], kind: str) -> Tokenized:
     return Tokenized([np.array(ids, np.int32) for ids in embedder.tokenize(list(numbers), kind)], rows)
 
 
-@contextmanager
-def memory_advice(flag: str, value: int) -> Iterator[None]:
-    """Out of the device's memory: tell which flag to lower, and its value now."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        told = str(error).splitlines()[0][:200]
-        raise InputError(f"out of memory: lower {flag}, which is {value} now ({told})") from error
-
-
 @torch.no_grad()
 def embed_all(
     embedder: Embedder, tokenized: Tokenized, batch_tokens: int | None = None, bar: tqdm | None = None
 ) -> Tensor:
     """Embeddings (N, C) of at least one text, float32, unit length, on the embedder's device.
 
-    In batches of similar length whose padded size is at most `batch_tokens` (default: by device); `bar`
-    counts tokens. Raises InputError when an embedding is not finite.
+    In batches of similar length whose padded size is at most `batch_tokens` (default: by device); one that
+    the device's memory does not hold is halved. `bar` counts tokens. Raises InputError when an embedding is
+    not finite, or memory does not hold a single text.
     """
     lengths = [len(ids) for ids in tokenized.token_ids]
     batch_tokens = batch_tokens or BATCH_TOKENS[embedder.device.type]
     embeddings = torch.empty(len(lengths), embedder.dim, device=embedder.device)  # (distinct texts, C)
     training = embedder.training
     embedder.eval()  # no dropout, also when asked in the middle of a training
-    for batch in token_batches(lengths, batch_tokens):
+    batches = deque(token_batches(lengths, batch_tokens))
+    while batches:
+        batch = batches.popleft()
         rows = to_device(torch.tensor(batch), embedder.device)
-        with memory_advice("--batch-tokens", batch_tokens):
+        try:
             embeddings[rows] = embedder.embed([tokenized.token_ids[i] for i in batch])  # (B, C)
+        except torch.OutOfMemoryError as error:
+            if len(batch) == 1:
+                told = str(error).splitlines()[0][:200]
+                raise InputError(
+                    f"out of memory with one text of {lengths[batch[0]]} tokens ({told})"
+                ) from error
+            half = len(batch) // 2
+            batches.extendleft((batch[half:], batch[:half]))
+            continue
         if bar is not None:
             bar.update(sum(lengths[i] for i in batch))
     embedder.train(training)
@@ -737,7 +739,21 @@ def write_run(path: Path, run: dict[str, dict[str, float]], tag: str) -> None:
     write_atomic(path, "".join(parts))
 
 
-MIRACL = "ar bn de en es fa fi fr hi id ja ko ru sw te th yo zh".split()
+MIRACL = dict(  # subset and language
+    pair.split(":")
+    for pair in (
+        "ar:ara-Arab bn:ben-Beng de:deu-Latn en:eng-Latn es:spa-Latn fa:fas-Arab fi:fin-Latn fr:fra-Latn "
+        "hi:hin-Deva id:ind-Latn ja:jpn-Jpan ko:kor-Kore ru:rus-Cyrl sw:swa-Latn te:tel-Telu th:tha-Thai "
+        "yo:yor-Latn zh:zho-Hans"
+    ).split()
+)
+CODE = {  # what RTEB's tasks hold beside English
+    **dict.fromkeys(("AppsRetrieval", "DS1000Retrieval", "HumanEvalRetrieval"), ["python-Code"]),
+    **dict.fromkeys(("MBPPRetrieval", "SWEbenchCodeRetrieval"), ["python-Code"]),
+    "FreshStackRetrieval": ["python-Code", "javascript-Code", "go-Code"],
+    "WikiSQLRetrieval": ["sql-Code"],
+    "CUREv1": ["eng-Latn"],  # of queries and of documents
+}
 CURE = (
     "all dentistry_and_oral_health dermatology gastroenterology genetics neuroscience_and_neurology "
     "orthopedic_surgery otorhinolaryngology plastic_surgery psychiatry_and_psychology pulmonology"
@@ -858,6 +874,13 @@ def _load_task(name: str, split: str, subset: str, prefix: str, queries_config: 
     return dataset
 
 
+def _languages(dataset: RetrievalDataset) -> list[str]:
+    """As mteb names them: language and script."""
+    if dataset.task == "MIRACLRetrievalHardNegatives":
+        return [MIRACL[dataset.subset]]
+    return ["deu-Latn"] if dataset.task == "LegalQuAD" else ["eng-Latn", *CODE.get(dataset.task, [])]
+
+
 def average(results: list[dict]) -> dict[str, dict[str, float]]:
     """Unweighted means: of each benchmark over its parts, and, as "mean", over benchmarks and datasets."""
     members: dict[str, list[dict]] = {}
@@ -883,7 +906,7 @@ def write_mteb(folder: Path, model: str, revision: str, results: list[tuple[Retr
         for dataset, result in parts:
             metrics = {name.replace("@", "_at_"): value for name, value in result["metrics"].items()}
             row = {**metrics, "main_score": metrics["ndcg_at_10"], "hf_subset": dataset.subset}
-            scores.setdefault(dataset.split, []).append(row | {"languages": ["eng-Latn"]})
+            scores.setdefault(dataset.split, []).append(row | {"languages": _languages(dataset)})
         content = {
             "dataset_revision": parts[0][0].revision or parts[0][0].fingerprint,
             "task_name": task,

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -249,8 +250,25 @@ def test_out_of_memory_while_encoding(monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     embedder = type("Full", (torch.nn.Module,), {"dim": 2, "device": torch.device("cpu"), "embed": full})()
-    with pytest.raises(InputError, match="lower --batch-tokens, which is 77 now"):
-        yardstick.embed_all(embedder, yardstick.Tokenized([[1]], torch.zeros(1).numpy()), 77)
+    with pytest.raises(InputError, match="out of memory with one text of 3 tokens .CUDA"):
+        yardstick.embed_all(embedder, yardstick.Tokenized([[1, 2, 3]], torch.zeros(1).numpy()), 77)
+
+
+def test_a_batch_that_memory_does_not_hold_is_halved():
+    sizes = []
+
+    class Small(torch.nn.Module):
+        dim, device = 1, torch.device("cpu")
+
+        def embed(self, token_ids):
+            sizes.append(len(token_ids))
+            if len(token_ids) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return torch.tensor([[float(ids[0])] for ids in token_ids])
+
+    texts = yardstick.Tokenized([np.array([i, 0]) for i in range(7)], np.arange(7))
+    assert yardstick.embed_all(Small(), texts, 99).flatten().tolist() == list(range(7))
+    assert sizes == [7, 3, 1, 2, 4, 2, 2]
 
 
 def test_a_full_disk_is_told_before_and_leaves_the_last_checkpoint_whole(
@@ -293,6 +311,8 @@ def test_overwriting_deletes_a_run_and_nothing_else(world, tmp_path):
     short = [*command, "--steps", "4", "--eval-every", "1", "--out", str(run)]
     assert dream.main([*short, "--keep", "3"]) == 0
     assert [p.name for p in sorted(run.glob("step-*"))] == ["step-000002", "step-000003", "step-000004"]
+    (run / "report.html").write_text("of the run that goes")
     assert dream.main([*short, "--overwrite", "--steps", "1"]) == 0
+    assert not (run / "report.html").exists()
     assert [p.name for p in run.glob("step-*")] == ["step-000001"]
     assert (run / "notes" / "mine.txt").read_text() == "keep me"

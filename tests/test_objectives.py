@@ -20,7 +20,7 @@ def step(retriever, builder, rows, args, judge=None, heads=()):
     objective = dream.make_objective(args, judge, list(heads), CPU)
     prepared = dream.prepare_rows(retriever, builder, rows, args, (0, 5))
     stats = dream.training_step(retriever, objective, prepared, args, (0, 5))
-    stats = dream.per_row(stats, prepared.num_rows)
+    stats = dream.per_row(stats, len(prepared.indices))
     return stats, [p.grad for p in dream.trained(retriever, judge).values()]
 
 
@@ -395,6 +395,27 @@ def test_refreshed_candidates_are_the_retrievers_best(tmp_path):
         unlabelled = dream.with_candidates(dream.replace(rows[index], positive=None), pool, numbers[place])
         expected = sorted(texts, key=scores.get, reverse=True)[:4]
         assert [d.full_text for d in unlabelled.documents] == expected and unlabelled.positive is None
+
+
+def test_there_must_be_room_for_candidates_that_come_later(tmp_path, capsys):
+    """A row of two documents fits; the eight that it may get when candidates are mined anew would not."""
+    tiny_checkpoint(tmp_path / "judge")
+    rows = write_rows(tmp_path / "rows.jsonl", make_rows([2] * 12))
+    command = ["train", "--train", rows, "--judge", tmp_path / "judge", "--out", tmp_path / "run"]
+    command += "--judge-context 220 --steps 2 --batch 4 --num-heads 2 --device cpu --max-target 8".split()
+    command += ["--retriever", tmp_path / "judge", "--dev", "", "--test"]
+    assert dream.main([*map(str, command), "--refresh-candidates", "1"]) == 2
+    assert "for its 8 documents; use fewer --candidates" in capsys.readouterr().err
+    assert dream.main(list(map(str, command))) == 0
+
+
+def test_a_process_knows_all_rows_of_a_step(tmp_path):
+    """It computes its own, and divides by, and tells of, those of all."""
+    retriever = world(tmp_path)[1]
+    rows = make_rows([3, 3, 3, 3, 3])
+    prepared = dream.prepare_rows(retriever, None, rows, settings(objective="infonce"), (0,), 1, 2)
+    assert [row.index for row in prepared.rows] == [rows[1].index, rows[3].index]
+    assert prepared.indices == [row.index for row in rows]
 
 
 def test_candidate_pool_holds_each_text_once(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from test_eval import SHARED, random_texts, write_beir
 from tiny import byte_tokenizer, tiny_checkpoint
 
 import eval as yardstick
-from data import load_dataset
+from data import RetrievalDataset, load_dataset
 from model import Checkpoint, Embedder, add_lora, load_embedder, lora_layers, save_embedder
 
 CPU = torch.device("cpu")
@@ -144,6 +145,11 @@ def test_names_revisions_and_rules_of_public_tasks_are_mtebs(mteb):
     languages = {part[1] for part in yardstick._task_parts("MIRACLRetrievalHardNegatives", None)}
     assert languages == set(tasks["MIRACLRetrievalHardNegatives"].hf_subsets)
     assert {task.metadata.main_score for task in tasks.values()} == {"ndcg_at_10"}
+    for name, task in tasks.items():
+        for subset, spoken in task.metadata.hf_subsets_to_langscripts.items():
+            if name != "CUREv1" or subset == "en":
+                dataset = RetrievalDataset("", "", Path(), {}, {}, documents=[], task=name, subset=subset)
+                assert sorted(set(yardstick._languages(dataset))) == sorted(set(spoken)), (name, subset)
 
 
 def local_task(folder, drop_identical_ids: bool):
