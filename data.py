@@ -976,7 +976,9 @@ class Corpus:
         self._lines = JsonLines(*parts)
         self.name, self.ids = self._lines.name, Ids()
         digest, hashes, seen, kept = hashlib.blake2b(digest_size=16), array("q"), set(), array("q")
-        for index, (doc_id, document) in enumerate(self):
+        own = os.environ.get("RANK", "0") == "0"  # of several processes, the first shows what it does
+        bar = tqdm(self, desc=f"read {self.name}", unit="doc", unit_scale=True, delay=3, disable=not own)
+        for index, (doc_id, document) in enumerate(bar):
             if repeats:
                 if doc_id in seen:
                     continue
