@@ -62,18 +62,18 @@ class Injection:
     documents:   (B, S') int64, for each key position the document it belongs to, N for keys of no document.
                  Keys after the last position given (the suffix over a cached prefix) belong to no document.
     heads:       layer -> int64 tensor of its selected query heads.
-    first_row:   (B,) int64, the first injected row of each prompt; all later rows are injected too. Injected
-                 rows must come after the documents.
-    start:       a lower bound of first_row, known to the host: earlier rows are not computed again.
     keep_budget: documents share the attention the judge gave them (True), or get all of it (False).
+    first_row:   (B,) int64, the first injected row of each prompt; all later rows are injected too. None: all
+                 rows are (of a suffix over a cached prefix). Injected rows must come after the documents.
+    start:       a lower bound of first_row, known to the host: earlier rows are not computed again.
     """
 
     log_weights: Tensor
     documents: Tensor
     heads: dict[int, Tensor]
-    first_row: Tensor
-    start: int = 0
     keep_budget: bool = True
+    first_row: Tensor | None = None
+    start: int = 0
 
 
 def attention(
@@ -92,7 +92,7 @@ def attention(
     are computed in float32 (float64 stays float64).
     """
     if visible is None:
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        out = _causal_attention(q, k, v)
     else:
         out = _masked_attention(q, k, v, visible)
     if isinstance(injection, CrossDocument):
@@ -106,13 +106,10 @@ def attention(
         visible = (keys <= keys[start:, None])[None]  # (1, R, S)
     else:
         visible = visible[:, start:]  # (B, R, S)
-    exact = torch.promote_types(q.dtype, torch.float32)
     rows = injected_attention(
-        q[:, :, start:]
-        .index_select(1, heads)
-        .to(exact),  # (B, H, R, D), H selected heads, R = T - start rows
-        k.index_select(1, kv_heads).to(exact),  # (B, H, S, D)
-        v.index_select(1, kv_heads).to(exact),
+        exact(q[:, :, start:].index_select(1, heads)),  # (B, H, R, D), H selected heads, R = T - start rows
+        exact(k.index_select(1, kv_heads)),  # (B, H, S, D)
+        exact(v.index_select(1, kv_heads)),
         visible,
         injection,
     )
@@ -133,9 +130,11 @@ def injected_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, injecti
     # One more column for keys outside documents: (3) leaves them alone; without a budget they are hidden.
     bias = F.pad(bias, (0, 1), value=0.0 if injection.keep_budget else LOG_ZERO)
     bias = bias.gather(-1, documents[:, None, None, :].expand_as(logits))  # (B, H, R, S)
-    row = torch.arange(injection.start, injection.start + q.shape[2], device=q.device)
-    injected = row >= injection.first_row[:, None]  # (B, R)
-    bias = bias.masked_fill(~injected[:, None, :, None], 0.0).masked_fill(~visible[:, None], -torch.inf)
+    if injection.first_row is not None:
+        row = torch.arange(injection.start, injection.start + q.shape[2], device=q.device)
+        injected = row >= injection.first_row[:, None]  # (B, R)
+        bias = bias.masked_fill(~injected[:, None, :, None], 0.0)
+    bias = bias.masked_fill(~visible[:, None], -torch.inf)
     if bias.requires_grad and not q.requires_grad:
         # The first injected layer of a frozen judge: a fused kernel's backward wants a gradient of q beside
         # the mask's.
@@ -236,21 +235,38 @@ def cross_document_attention(q: Tensor, cross: CrossDocument, layer: int) -> Ten
     rows = rows.unflatten(0, (groups, n)).transpose(1, 2).flatten(2, 3)  # (G, Hkv, n*H*T, D)
     weights = cross.weights.repeat_interleave(rows.shape[2] // n, dim=1)  # (G, n*H*T, n)
     total = torch.zeros_like(exact(rows))
+    if (
+        cross.normalise_values
+    ):  # beside the values, in 8 columns: fused kernels take no width that 8 does not divide
+        norms = values.norm(dim=-1, keepdim=True)  # (G, n, Hkv, S, 1)
+        values = torch.cat([values, norms.expand(*norms.shape[:-1], 8)], dim=-1)
     for j in range(n):
         k, v = keys[:, j], values[:, j]  # (G, Hkv, S, D)
         read = F.scaled_dot_product_attention(rows, k, v, attn_mask=real[:, j])  # (G, Hkv, n*H*T, D)
         if cross.normalise_values:
-            norms = v.norm(dim=-1, keepdim=True)  # (G, Hkv, S, 1)
-            read = read / (F.scaled_dot_product_attention(rows, k, norms, attn_mask=real[:, j]) + 1e-6)
+            read = read[..., :-8] / (read[..., -1:] + 1e-6)
         total = total + weights[:, None, :, j, None] * exact(read)
     total = total.to(q.dtype).unflatten(2, (n, -1)).transpose(1, 2).flatten(0, 1)  # (G*n, Hkv, H*T, D)
     return total.reshape(q.shape)
 
 
+def _causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Plain causal attention, (B, Hq, T, D). On CUDA no fused float32 kernel knows groups: there the keys are
+    repeated, or all logits would be held at once."""
+    if q.is_cuda and q.dtype == torch.float32 and not torch.is_autocast_enabled("cuda"):
+        group = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+
+
 def _masked_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
-    """Attention under an explicit mask; a group's heads become rows, so that fused kernels stay available."""
+    """Attention under an explicit mask, (B, Hq, T, D). No fused kernel with a mask knows groups: the heads of
+    a group become rows of one, or, where its mask would then outgrow the keys, the keys are repeated."""
     batch, num_heads, num_rows, dim = q.shape
     group = num_heads // k.shape[1]
+    if num_rows > dim:
+        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None])
     q = q.reshape(batch, k.shape[1], group * num_rows, dim)  # (B, Hkv, G*T, D)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible.repeat(1, group, 1)[:, None])
     return out.reshape(batch, num_heads, num_rows, dim)  # (B, Hq, T, D)

@@ -185,8 +185,7 @@ def dream_loss(
 
     log_weights: (B, N). Every suffix row of the batch is injected. cache: the prefix's, if read before.
     """
-    first_row = torch.zeros_like(batch.prefix_lengths)
-    injection = Injection(log_weights, batch.documents, heads, first_row, 0, keep_budget)
+    injection = Injection(log_weights, batch.documents, heads, keep_budget)
     return target_loss(judge, batch, cache or read_prefix(judge, batch), injection)
 
 
@@ -360,12 +359,12 @@ def judge_inputs(
     return builder.plain([row.target for row in rows], args.max_length)
 
 
-def revela_groups(retriever: Embedder, rows: list[Row], size: int) -> list[list[Row]]:
+def revela_groups(retriever: Embedder, rows: list[Row], size: int, least: int = 1) -> list[list[Row]]:
     """Groups of `size` different documents for Revela, each as a row: its first half asks, the group answers.
 
     A group is a row's candidates, topped up with those of the rows that follow. There are as many groups as
-    the retriever's tokens pay for that another objective spends on these rows, at least one: a group costs
-    its documents and their first halves.
+    the retriever's tokens pay for that another objective spends on these rows, and at least `least`: a group
+    costs its documents and their first halves.
     """
 
     def tokens(texts: Iterable[str], kind: str) -> int:
@@ -382,7 +381,7 @@ def revela_groups(retriever: Embedder, rows: list[Row], size: int) -> list[list[
         documents = list(group)[:size]
         halves = [first_half(document.full_text) for document in documents]
         spent += tokens(halves, "query") + tokens((d.full_text for d in documents), "document")
-        if groups and spent > budget:
+        if len(groups) >= least and spent > budget:
             break
         index, where = rows[first].index, rows[first].where
         pairs = zip(halves, documents, strict=True)
@@ -406,7 +405,7 @@ def prepare_rows(
 ) -> PreparedRows:
     """Tokenise this process's share of a step's rows. seed: decides the candidates' order in the prompts."""
     if args.objective == "revela":
-        groups = revela_groups(retriever, rows, args.group_size)
+        groups = revela_groups(retriever, rows, args.group_size, processes)
         if len(groups) < processes:
             raise InputError(f"--batch {args.batch}: makes {len(groups)} groups for {processes} processes")
         indices, own = [row.index for group in groups for row in group], groups[rank::processes]
@@ -498,6 +497,8 @@ def training_step(
 
     # 2. Inject, predict, backward down to the embeddings.
     stats = {name: torch.zeros((), device=device) for name in SUMS}
+    lower = ("--judge-batch", args.judge_batch)
+    lower = ("--batch", len(prepared.indices)) if args.objective == "infonce" else lower
     for piece in prepared.pieces:
         rows = [prepared.rows[i] for i in piece]
         width = max(len(row.documents) for row in rows)
@@ -523,7 +524,7 @@ def training_step(
             embeddings[num_queries:],
             digests,
         )
-        with memory_advice("--judge-batch", args.judge_batch):
+        with memory_advice(*lower):
             loss = objective(scored).sum()
             (loss / len(prepared.indices)).backward()
         with torch.no_grad():
@@ -659,15 +660,16 @@ def _gradient_norms(
 ) -> Tensor:
     """(L, Hq): the norm of d loss / d scores at uniform weights, one head injected, summed over prompts."""
     batch = collate(prompts, device, args.inject_rows)
-    cache = read_prefix(judge, batch)
+    with torch.no_grad():  # also of a judge that learns
+        cache = read_prefix(judge, batch)
     norms = torch.zeros(judge.config.num_hidden_layers, judge.config.num_attention_heads, device=device)
     for layer in range(norms.shape[0]):
         for head in range(norms.shape[1]):
             scores = torch.zeros(batch.present.shape, device=device, requires_grad=True)
             log_weights = log_softmax_scores(scores, batch.present, 1.0)
             heads = head_tensors([(layer, head)], device)
-            dream_loss(judge, batch, log_weights, heads, args.document_mass == "keep", cache).sum().backward()
-            norms[layer, head] = gradient_of(scores).norm(dim=-1).sum()
+            loss = dream_loss(judge, batch, log_weights, heads, args.document_mass == "keep", cache).sum()
+            norms[layer, head] = torch.autograd.grad(loss, scores)[0].norm(dim=-1).sum()
     return norms
 
 
@@ -710,7 +712,7 @@ def describe_heads(
     report: dict[str, float | None] = {"budget": budget / len(heads) / len(rows)}
     report["steering_range"] = sum(ranges) / len(ranges)
     report["steering_best_is_relevant"] = hits / len(known) if known else None
-    for first in range(0, len(known) - 1, args.judge_batch):
+    for first in range(0, len(known) if len(known) > 1 else 0, args.judge_batch):
         asked = known[first : first + args.judge_batch]
         others = [known[(first + i + len(known) // 2) % len(known)] for i in range(len(asked))]
         alone = []
@@ -761,13 +763,15 @@ def head_map(scores: Tensor, heads: Heads) -> str:
 
 def read_heads(path: Path, content: dict, config: Config) -> Heads:
     """The heads that a file selects. Raises InputError."""
-    layers, heads = config.num_hidden_layers, config.num_attention_heads
-    every = [[layer, head] for layer in range(layers) for head in range(heads)]
+    layers, width = config.num_hidden_layers, config.num_attention_heads
+    every = [[layer, head] for layer in range(layers) for head in range(width)]
     chosen = content.get("selected")
     if not isinstance(chosen, list) or not chosen or any(pair not in every for pair in chosen):
         raise InputError(
-            f"{path}: 'selected' must list [layer, head] pairs of {layers} layers of {heads} heads"
+            f"{path}: 'selected' must list [layer, head] pairs of {layers} layers of {width} heads"
         )
+    if any(pair in chosen[:number] for number, pair in enumerate(chosen)):
+        raise InputError(f"{path}: 'selected' names a head twice")
     return [tuple(pair) for pair in chosen]
 
 
@@ -793,6 +797,10 @@ def select_heads(
         path = Path(args.heads)
         saved = {**saved, **(given := read_json(path))}
         heads = read_heads(path, given, judge.config)
+        if args.num_heads not in (None, len(heads)):
+            raise InputError(f"--num-heads {count}: {path} selects {len(heads)} heads; leave the flag out")
+        if given.get("judge", args.judge) != str(args.judge):
+            print(f"note: the heads in {path} were detected in {given['judge']!r}", flush=True)
         shape = (judge.config.num_hidden_layers, judge.config.num_attention_heads)
         if given.get("template", builder.template) != builder.template:
             print(f"warning: the heads in {path} were detected with another judge template", flush=True)
@@ -974,14 +982,16 @@ def save_checkpoint(
     os.replace(temporary, folder)
     names = {"last": folder.name, "best": f"step-{best['step']:06d}" if best else None}
     write_atomic(out / "checkpoints.json", json.dumps(names, indent=1) + "\n")
-    for other in sorted(out.glob("step-*"))[: -args.keep]:
+    # A run that was killed may have left a later one whole that nothing points at.
+    steps = sorted(out.glob("step-*"), key=lambda f: (f == folder, f.name.removeprefix("step-").zfill(20)))
+    for other in steps[: -args.keep]:
         if other.name != names["best"]:
             shutil.rmtree(other)
 
 
 def check_prompts(rows: Rows, builder: PromptBuilder, args: argparse.Namespace) -> None:
     """Every row's prompt must be buildable now, not after hours; tells how many targets are cut."""
-    cut, later = 0, args.candidates if args.refresh_candidates else 0
+    cut, later = 0, args.candidates if getattr(args, "refresh_candidates", None) else 0
     for first in tqdm(range(0, len(rows), 1024), desc="check", unit="x1024 rows", disable=len(rows) < 50_000):
         cut += builder.check([rows[i] for i in range(first, min(first + 1024, len(rows)))], later)
     print(f"{cut:,} targets cut to {args.max_target} tokens", flush=True)
@@ -1033,6 +1043,8 @@ def train(args: argparse.Namespace) -> int:
         raise InputError(f"--batch {args.batch}: {processes} processes need at least one query each")
     device = pick_device(args.device)
     dtype, reason = pick_dtype(args.dtype, device)
+    if dtype == torch.float16:
+        raise InputError("--dtype float16: small gradients would vanish; train in bfloat16 or float32")
     print_settings(args, device, dtype, reason)
     tests = [d for name in expand_names(args.test) for d in resolve_datasets(name, flag="--test")]
     with run_lock(Path(args.out)) if rank == 0 else nullcontext():
@@ -1139,6 +1151,39 @@ def write_before(args: argparse.Namespace, retriever: Embedder, tests: list[Retr
         write_atomic(Path(args.out) / "results.json", json.dumps(results, indent=1) + "\n")
 
 
+def check_tests(out: Path, tests: list[RetrievalDataset]) -> None:
+    """A resumed run is scored on what it was scored on before it began. Raises InputError."""
+    before = read_json(out / "results.json").get("before")
+    scored = [result.get("dataset") for result in before] if isinstance(before, list) else None
+    if scored != [dataset.name for dataset in tests]:
+        raise InputError(f"--test: {out} was begun with {scored}; keep to that, and use eval.py for others")
+
+
+def take_step(
+    retriever: Embedder,
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    batch: PreparedRows,
+    args: argparse.Namespace,
+    seed: tuple[int, ...],
+) -> dict[str, Tensor]:
+    """Gradients of all processes' rows, clipped, and the optimizer's step; one that is not finite changes
+    nothing. Returns means over the rows and counts, as scalars on the device."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    retriever.train()
+    stats = training_step(retriever, objective, batch, args, seed)
+    if join_processes()[1] > 1:
+        stats = add_up(stats, parameters)
+    stats = per_row(stats, len(batch.indices))
+    stats["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, args.clip)
+    stats["skipped"] = ~(stats["grad_norm"].isfinite() & stats["loss"].isfinite())
+    # Where it is 1, AdamW changes nothing.
+    optimizer.found_inf = stats["skipped"].float()  # type: ignore[attr-defined]
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return stats
+
+
 def make_optimizer(names: dict[str, torch.nn.Parameter], args: argparse.Namespace) -> torch.optim.AdamW:
     """AdamW; the retriever's parameters first, then those of a judge that learns."""
     peaks = {False: args.lr, True: args.judge_lr or args.lr}
@@ -1162,6 +1207,8 @@ def fit(
     out = Path(args.out)
     rank, processes = join_processes()
     resume = last_checkpoint(args)
+    if resume:
+        check_tests(out, tests)
     rows, held_out, usable = split_rows(args)
     dev = None
     if args.dev:
@@ -1203,9 +1250,8 @@ def fit(
         check_space(out, names.values(), args)
     objective = make_objective(args, judge, heads, device)
     retriever.decoder.activation_checkpointing = args.activation_checkpointing
-    parameters = list(names.values())
     if processes > 1:
-        for parameter in parameters:
+        for parameter in names.values():
             torch.distributed.broadcast(parameter.data, src=0)
     optimizer = make_optimizer(names, args)
     first_step, best, mined = 0, dict[str, Any](), None
@@ -1232,23 +1278,13 @@ def fit(
             )
 
     with Interrupt() as interrupt, bar:
+        began = time.perf_counter()
         for step, batch in enumerate(prepared(), first_step):
-            started = time.perf_counter()
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, group["peak"], args)
-            retriever.train()
-            stats = training_step(retriever, objective, batch, args, (args.seed, step, rank))
-            if processes > 1:
-                stats = add_up(stats, parameters)
-            stats = per_row(stats, len(batch.indices))
-            stats["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, args.clip)
-            stats["skipped"] = ~(stats["grad_norm"].isfinite() & stats["loss"].isfinite())
-            # Where it is 1, AdamW changes nothing.
-            optimizer.found_inf = stats["skipped"].float()  # type: ignore[attr-defined]
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            stats = take_step(retriever, objective, optimizer, batch, args, (args.seed, step, rank))
             rate = {"lr": learning_rate(step, args.lr, args)}
-            log.add(step + 1, stats | rate, time.perf_counter() - started, batch.indices)
+            log.add(step + 1, stats | rate, time.perf_counter() - began, batch.indices)
             bar.update()
             stopped, done = interrupt.agreed(), step + 1 == args.steps
             due = (step + 1) % args.eval_every == 0 or done
@@ -1269,6 +1305,7 @@ def fit(
                 save_checkpoint(out, step + 1, retriever, judge, optimizer, args, best, numbers)
             if stopped and not done:
                 break
+            began = time.perf_counter()  # the wait for the next rows is that step's
     bar.close()
     log.close()
     return stopped if args.steps > first_step and not done else None
@@ -1342,9 +1379,14 @@ class Log:
 
     def flush(self) -> dict[str, str]:
         """Read and write what is pending; returns what the progress bar shows. Raises InputError."""
-        shown, tokens = {}, 0
-        for record in self.pending:
-            values = {k: v.item() if isinstance(v, Tensor) else v for k, v in record.items()}
+        shown, tokens, began = {}, 0, time.perf_counter()
+        records: list[dict[str, Any]] = [
+            {k: v.item() if isinstance(v, Tensor) else v for k, v in record.items()}
+            for record in self.pending
+        ]
+        if records:  # steps are only sent to a GPU: what is still to be computed is waited for here
+            records[-1]["time"]["seconds"] += time.perf_counter() - began
+        for values in records:
             self.skipped = self.skipped + 1 if values["skipped"] else 0
             if self.skipped:
                 print(f"step {values['step']} is skipped: its loss or gradient is not finite", flush=True)
@@ -1360,8 +1402,8 @@ class Log:
                     f"{self.PATIENCE} steps in a row, up to {values['step']}, had a loss or gradient that is "
                     "not finite (their rows are in metrics.jsonl); lower --lr, or use --dtype float32"
                 )
-        if self.pending and self.last:
-            seconds = sum(record["time"]["seconds"] for record in self.pending)
+        if records and self.last:
+            seconds = sum(record["time"]["seconds"] for record in records)
             shown = {"loss": f"{self.last['loss']:.3f}", "tokens/s": f"{tokens / seconds:,.0f}"}
             shown["candidates"] = f"{self.last['effective_candidates']:.2f}"
         self.pending = []
@@ -1783,7 +1825,7 @@ FLAGS: dict[str, list[tuple]] = {
         ("t", "retriever_batch", 64, int, "texts embedded at once with a graph"),
         ("t", "activation_checkpointing", False, bool, "less memory, one more forward pass of what learns"),
         ("thm", "device", "auto", "NAME", "auto, cpu, cuda, cuda:1, ..."),
-        ("thm", "dtype", "auto", "NAME", "compute dtype: auto, float32, bfloat16, float16"),
+        ("thm", "dtype", "auto", "NAME", "compute dtype: auto, float32, bfloat16; heads, mine: float16"),
     ],
 }
 ABOUT = {
@@ -1893,15 +1935,17 @@ def main(argv: list[str] | None = None) -> int:
         args = parse_arguments(argv)
         if args.command != "train" and os.environ.get("WORLD_SIZE", "1") != "1":
             raise InputError(f"{args.command} runs in one process, without torchrun")
-        return {"train": train, "heads": heads, "mine": mine}[args.command](args) or 0
+        status = {"train": train, "heads": heads, "mine": mine}[args.command](args) or 0
     except KeyboardInterrupt:
         print("dream.py: interrupted", file=sys.stderr)
+        leave_processes(failed=130)
         return 130
     except InputError as error:
         print(f"dream.py: error: {error}", file=sys.stderr)
+        leave_processes(failed=2)
         return 2
-    finally:
-        leave_processes()
+    leave_processes()
+    return status
 
 
 if __name__ == "__main__":

@@ -1098,9 +1098,9 @@ def main(argv: list[str] | None = None) -> int:
         run_evaluation(args)
     except InputError as error:
         print(f"eval.py: error: {error}", file=sys.stderr)
+        leave_processes(failed=2)
         return 2
-    finally:
-        leave_processes()
+    leave_processes()
     return 0
 
 

@@ -483,7 +483,8 @@ def pick_device(name: str = "auto") -> torch.device:
 def join_processes() -> tuple[int, int]:
     """This process's rank and the number of processes, as torchrun started them; (0, 1) for one alone.
 
-    All but the first print nothing. The first call joins the process group, gloo on CPUs and nccl on GPUs.
+    All but the first print nothing. The first call joins the process group: gloo for what is on the CPU, nccl
+    for what is on GPUs.
     """
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if processes == 1:
@@ -493,17 +494,30 @@ def join_processes() -> tuple[int, int]:
         # does): gloo's threads would outlive `leave_processes` and now and then abort the exit.
         importlib.import_module("torch.distributed.nn.functional")
         if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+            if local >= gpus:
+                raise InputError(
+                    f"torchrun: one process a GPU, and this machine has {gpus}: --nproc-per-node {gpus}"
+                )
+            torch.cuda.set_device(local)
         # Ranks wait for the first while it chooses heads or fetches data: longer than the default allows.
-        torch.distributed.init_process_group(timeout=timedelta(hours=4))
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        torch.distributed.init_process_group(backend, timeout=timedelta(hours=4))
         if torch.distributed.get_rank():
             sys.stdout = open(os.devnull, "w")
     return torch.distributed.get_rank(), processes
 
 
-def leave_processes() -> None:
-    """End the process group, and with it its threads: one that outlives the interpreter may abort it."""
+def leave_processes(failed: int = 0) -> None:
+    """End the process group, and with it its threads: one that outlives the interpreter may abort it.
+
+    failed: the exit status of a process that fails alone. nccl's groups end together or not at all, and the
+    others may wait for this one: it exits at once, and torchrun then ends them.
+    """
     if torch.distributed.is_initialized():
+        if failed:
+            sys.stderr.flush()
+            os._exit(failed)
         torch.distributed.destroy_process_group()
 
 
@@ -516,7 +530,7 @@ def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
         raise InputError(f"--dtype {name}: use auto, {', '.join(named)}")
     if device.type != "cuda":
         return torch.float32, "a CPU computes it fastest"
-    if torch.cuda.is_bf16_supported():
+    if torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.bfloat16, "the GPU has bfloat16 units"
     return torch.float32, "the GPU has no bfloat16 units, and float16 overflows"
 

@@ -245,7 +245,7 @@ class Bench:
         first = batch.prefix_lengths
         start = min(prompt.question_start for prompt in prompts)
         documents = F.pad(batch.documents, (0, batch.suffix_ids.shape[1]), value=CANDIDATES)
-        return attention.Injection(log_weights, documents, self.heads, first, start)
+        return attention.Injection(log_weights, documents, self.heads, True, first, start)
 
     def whole_loss(self, hidden: torch.Tensor, prompts: list[Prompt]) -> torch.Tensor:
         logits = self.judge.lm_head(hidden)  # (B, T, V) everywhere

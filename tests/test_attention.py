@@ -68,7 +68,7 @@ def make_injection(scores, spans, first_rows, num_keys, heads, keep_budget, laye
             present[b, i] = True
     log_weights = (scores / 0.3).masked_fill(~present, -torch.inf).log_softmax(-1)
     first = torch.tensor(first_rows)
-    return A.Injection(log_weights, documents, {layer: heads}, first, int(first.min()), keep_budget)
+    return A.Injection(log_weights, documents, {layer: heads}, keep_budget, first, int(first.min()))
 
 
 @pytest.mark.parametrize("keep_budget", [True, False])
@@ -127,9 +127,7 @@ def test_suffix_over_a_cached_prefix_equals_the_whole_prompt(seed, keep_budget):
         visible[0, :, first + padding :] = torch.ones(rows, rows, dtype=torch.bool).tril()
         documents = torch.full((1, first + padding), scores.shape[1])
         documents[0, :first] = injection.documents[b, :first]
-        part = A.Injection(
-            injection.log_weights[b : b + 1], documents, {0: heads}, torch.zeros(1), 0, keep_budget
-        )
+        part = A.Injection(injection.log_weights[b : b + 1], documents, {0: heads}, keep_budget)
         cached = A.attention(q[b : b + 1, :, first:length], keys, values, visible, part)
         torch.testing.assert_close(cached[0], whole[b, :, first:length], rtol=0, atol=1e-10)
 

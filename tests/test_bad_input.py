@@ -1030,6 +1030,20 @@ BAD = [
     bad(
         "heads: flat", put("h.json", {"selected": [0, 1]}), TRAIN + " --heads h.json", "h.json", "'selected'"
     ),
+    bad(
+        "heads: one twice",
+        put("h.json", {"selected": [[0, 1], [1, 1], [0, 1]]}),
+        TRAIN + " --heads h.json",
+        "h.json",
+        "names a head twice",
+    ),
+    bad(
+        "heads: another number than asked for",
+        put("h.json", {"selected": [[0, 1], [1, 1]]}),
+        TRAIN + " --heads h.json --num-heads 3",
+        "--num-heads 3: h.json selects 2 heads",
+    ),
+    bad("flag: --dtype float16 in train", NONE, TRAIN + " --dtype float16", "train in bfloat16 or float32"),
     bad("heads: a number", put("h.json", {"selected": 5}), TRAIN + " --heads h.json", "h.json", "'selected'"),
     bad(
         "heads: letters",

@@ -26,6 +26,18 @@ leave_processes()
 assert not any("gloo" in name for name in names()), names()
 """
 
+FAILS = """
+import atexit, pathlib, sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from model import join_processes, leave_processes
+rank, _ = join_processes()
+if rank == 1:
+    atexit.register((pathlib.Path(__file__).parent / "left").touch)  # an ordinary exit comes by here
+    leave_processes(failed=2)
+torch.distributed.barrier()
+"""
+
 
 def launch(processes, script, *arguments, **settings):
     """Run a command as a user does: alone, or by torchrun."""
@@ -128,6 +140,14 @@ def test_commands_that_are_not_for_several_processes_say_so(world):
     command = [sys.executable, str(ROOT / "dream.py"), "heads"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
     assert done.returncode == 2 and done.stderr.endswith("heads runs in one process, without torchrun\n")
+
+
+def test_a_process_that_fails_alone_leaves_at_once(tmp_path):
+    """The others may wait for it for ever: nobody is asked, and torchrun ends them."""
+    (tmp_path / "fails.py").write_text(FAILS)
+    with pytest.raises(AssertionError, match=r"exitcode  : 2 "):
+        launch(2, tmp_path / "fails.py", ROOT)
+    assert not (tmp_path / "left").exists()
 
 
 @pytest.mark.skipif(

@@ -64,7 +64,7 @@ def plain_gradients(judge, retriever, builder, rows, args, seed, parameters=None
         heads = {la: torch.tensor([h for other, h in HEADS if other == la]) for la in (0, 1, 2)}
         log_weights = (q @ d.T / args.temperature).log_softmax(-1)
         keep = args.document_mass == "keep"
-        injection = Injection(log_weights, documents, heads, torch.tensor([first]), first, keep)
+        injection = Injection(log_weights, documents, heads, keep, torch.tensor([first]), first)
         ids = torch.tensor([prompt.input_ids])
         logits = judge.lm_head(judge.model(ids, injection=injection))[0, prompt.target_start - 1 : -1]
         loss += torch.nn.functional.cross_entropy(logits, ids[0, prompt.target_start :]) / len(rows)
@@ -311,6 +311,10 @@ def test_heads_without_labels_are_ranked_by_gradient(tiny_run, tmp_path, capsys)
     assert saved["labels"] == {"label": 0, "answer": 0, "none": 12}
     assert "ranked by the gradient" in capsys.readouterr().out
     assert len(saved["selected"]) == 3 and min(min(row) for row in saved["scores"]) > 0
+    run = tmp_path / "run"  # a judge that learns is asked as it was before
+    assert dream.main([*tiny_run, str(run), "--train", str(path), "--judge-lora"]) == 0
+    saved = json.loads((run / "heads.json").read_text())
+    assert saved["labels"]["none"] and min(min(row) for row in saved["scores"]) > 0
 
 
 def test_mine(tmp_path, capsys):

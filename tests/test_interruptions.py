@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -163,6 +164,27 @@ def test_changed_settings_are_listed_and_refused_unless_told(world, tmp_path, ca
     (run / "settings.json").write_text(json.dumps({**settings, "train": str(rows), "steps": 7}))
     assert dream.main(["train", "--resume", str(run)]) == 2
     assert f"{rows}: has changed since the run began" in capsys.readouterr().err
+
+
+def test_a_resumed_run_keeps_to_its_tests(world, tmp_path, capsys):
+    folder, command = world
+    run = tmp_path / "run"
+    assert dream.main([*command, "--steps", "3", "--out", str(run)]) == 0
+    longer = ["train", "--resume", str(run), "--steps", "6", "--test", "demo", "--change-settings"]
+    assert dream.main(longer) == 2
+    assert "was begun with []; keep to that, and use eval.py for others" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_nothing_points_at_does_not_outlive_the_last(world, tmp_path):
+    """Killed after a checkpoint was renamed and before checkpoints.json named it; then stopped earlier."""
+    folder, command = world
+    run = tmp_path / "run"
+    assert dream.main([*command, "--steps", "4", "--eval-every", "2", "--keep", "1", "--out", str(run)]) == 0
+    shutil.copytree(run / "step-000004", run / "step-000006")
+    longer = ["train", "--resume", str(run), "--steps", "5", "--change-settings"]
+    assert dream.main(longer) == 0
+    assert json.loads((run / "checkpoints.json").read_text())["last"] == "step-000005"
+    assert [folder.name for folder in run.glob("step-*")] == ["step-000005"]
 
 
 def test_half_a_line_of_metrics_is_dropped(tmp_path):
