@@ -106,7 +106,8 @@ def check_writable(path: str | Path, folder: bool = False) -> None:
     path = Path(path)
     if path.exists() and path.is_dir() != folder:
         raise InputError(f"{path}: is a {'file' if folder else 'folder'}; choose another name")
-    above = next(parent for parent in path.absolute().parents if parent.exists())
+    places = (path.absolute(), *path.absolute().parents)[not folder :]
+    above = next(place for place in places if place.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise InputError(
             f"{path}: cannot be written, {above} is {'read-only' if above.is_dir() else 'a file'}"
@@ -281,7 +282,7 @@ def unpack(archive: Path, folder: Path) -> None:
 
 def safe_members(archive: Path, zipped: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
     """The files in a zip. One whose name leaves the folder, a link, or an absurd size: the zip is refused."""
-    members = [member for member in zipped.infolist() if not member.is_dir()]
+    members = [m for m in zipped.infolist() if not (m.is_dir() or m.filename.startswith("__MACOSX/"))]
     for member in members:
         path = PurePosixPath(member.filename)
         if path.is_absolute() or ".." in path.parts or "\\" in member.filename or ":" in path.parts[0]:
@@ -1147,6 +1148,8 @@ def card_configs(folder: Path) -> dict[str, dict[str, list[str]]]:
                     raise InputError(f"{folder / 'README.md'}: refused, data_files outside of the folder")
                 configs.setdefault(str(entry["config_name"]), {})[str(file["split"])] = paths
     except (yaml.YAMLError, LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        if isinstance(error, yaml.YAMLError) and (folder / "corpus.jsonl").exists():  # no card is needed
+            return {}
         raise InputError(
             f"{folder / 'README.md'}: its header's configs cannot be read ({error!r})"
         ) from error
@@ -1196,7 +1199,7 @@ def _tsv_judgements(part: Part) -> Iterator[tuple[str, str, int]]:
                     raise ValueError(score)
                 yield query_id, doc_id, grade
             except ValueError as error:
-                if number == 1:
+                if number == 1 and not any(map(str.isdigit, fields[-1])):
                     continue  # the header
                 raise InputError(
                     f"{name}, line {number}: expected query-id, corpus-id and a whole score with tabs between"

@@ -35,6 +35,7 @@ import json
 import math
 import os
 import random
+import shlex
 import shutil
 import signal
 import sys
@@ -107,13 +108,13 @@ from model import (
     add_lora,
     find_folder,
     join_processes,
-    leave_processes,
     load_adapter,
     load_embedder,
     load_tokenizer,
     pick_device,
     pick_dtype,
     resolve_run,
+    run_command,
     save_adapter,
     save_embedder,
 )
@@ -1049,7 +1050,8 @@ def train(args: argparse.Namespace) -> int:
     tests = [d for name in expand_names(args.test) for d in resolve_datasets(name, flag="--test")]
     with run_lock(Path(args.out)) if rank == 0 else nullcontext():
         if stopped := fit(args, tests, device, dtype):
-            print(f"stopped by {stopped.name}; go on with: python dream.py train --resume {args.out}")
+            again = shlex.join(["python", "dream.py", "train", "--resume", args.out])
+            print(f"stopped by {stopped.name}; go on with: {again}")
             return 128 + stopped
         if processes > 1:
             torch.distributed.barrier()  # until the first process has saved
@@ -1458,8 +1460,9 @@ def finish(out: Path, tests: list[RetrievalDataset], device: torch.device, dtype
             )
             print(f"  {group:30}{means['queries']:8,}{figures}")
     print(f"\ncheckpoint: {resolve_run(out)}")
-    print(f"next: python eval.py --model {out} --dataset scifact nfcorpus")
-    print(f"report: python -m tools.report {out}", flush=True)
+    named = shlex.quote(str(out))
+    print(f"next: python eval.py --model {named} --dataset scifact nfcorpus")
+    print(f"report: python -m tools.report {named}", flush=True)
 
 
 # Mining candidates
@@ -1931,21 +1934,15 @@ def check_settings(path: Path, settings: dict, defaults: dict) -> dict:
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
+    """Exit status: 0, 2 when the input is wrong, 128 + the signal that stopped a training."""
+
+    def work() -> int | None:
         args = parse_arguments(argv)
         if args.command != "train" and os.environ.get("WORLD_SIZE", "1") != "1":
             raise InputError(f"{args.command} runs in one process, without torchrun")
-        status = {"train": train, "heads": heads, "mine": mine}[args.command](args) or 0
-    except KeyboardInterrupt:
-        print("dream.py: interrupted", file=sys.stderr)
-        leave_processes(failed=130)
-        return 130
-    except InputError as error:
-        print(f"dream.py: error: {error}", file=sys.stderr)
-        leave_processes(failed=2)
-        return 2
-    leave_processes()
-    return status
+        return {"train": train, "heads": heads, "mine": mine}[args.command](args)
+
+    return run_command("dream.py", work)
 
 
 if __name__ == "__main__":

@@ -71,11 +71,11 @@ from model import (
     Embedder,
     find_folder,
     join_processes,
-    leave_processes,
     load_embedder,
     pick_device,
     pick_dtype,
     resolve_run,
+    run_command,
 )
 
 CUTOFFS = (1, 3, 5, 10, 100, 1000)
@@ -274,19 +274,21 @@ def dense_hits(
     rank, processes = join_processes()
     queries = encode(embedder, list(dataset.queries.values()), "query", batch_tokens)  # (Q, C)
     total = dataset.num_documents
-    size = min(document_block, math.ceil(total / processes))
+    # Blocks that are kept are the same for any number of processes.
+    size = document_block if store is not None else min(document_block, math.ceil(total / processes))
     blocks = [(start, min(start + size, total)) for start in range(0, total, size)][rank::processes]
 
     def tokenized(missing: list[tuple[int, int]]) -> Iterator[Tokenized]:
         return (tokenize(embedder, (t for _, t in dataset.corpus(*block)), "document") for block in missing)
 
+    # Asked once: another process that fills the same store must not change what is read ahead.
     missing = [block for block in blocks if store is None or not store.holds(*block)]
     remaining = sum(end - start for start, end in missing)
     best = None
     with tqdm(desc=f"{dataset.name}: encode", unit="tok", unit_scale=True, disable=quiet or rank > 0) as bar:
         ahead = one_ahead(tokenized(missing))
         for start, end in blocks:
-            if store is not None and store.holds(start, end):
+            if store is not None and (start, end) not in missing:
                 documents = store.read(start, end)
             else:
                 block = next(ahead)
@@ -332,14 +334,21 @@ class EmbeddingStore:
     InputError where the disk is too small.
     """
 
-    def __init__(self, folder: Path, embedder: Embedder, dataset: RetrievalDataset, dtype: torch.dtype):
-        how = {**embedder.describe(), "weights": embedder.fingerprint(), "stored_as": str(dtype)}
+    def __init__(
+        self,
+        folder: Path,
+        embedder: Embedder,
+        dataset: RetrievalDataset,
+        dtype: torch.dtype,
+        fingerprint: str | None = None,  # the embedder's, where it is known: it takes reading all weights
+    ):
+        how = {**embedder.describe(), "model": fingerprint or embedder.fingerprint(), "stored_as": str(dtype)}
         assert isinstance(dataset.documents, Corpus)  # candidates of a training are not kept
         key = json.dumps(how | {"corpus": dataset.documents.fingerprint}, sort_keys=True)
         self.folder = folder / hashlib.blake2b(key.encode(), digest_size=12).hexdigest()
         self.dtype, self.dim = dtype, embedder.dim
         self.folder.mkdir(parents=True, exist_ok=True)
-        have = sum(file.stat().st_size for file in self.folder.iterdir())
+        have = sum(file.stat().st_size for file in self.folder.glob("*.safetensors"))
         need, free = dataset.num_documents * self.dim * dtype.itemsize, shutil.disk_usage(self.folder).free
         if need - have > free:
             raise InputError(f"{folder}: {need / 1e9:.1f} GB of embeddings, {free / 1e9:.1f} GB free")
@@ -362,7 +371,7 @@ class EmbeddingStore:
     def write(self, start: int, end: int, embeddings: Tensor) -> Tensor:
         """Keep a block; returns it as it will be read, (end - start, C)."""
         path = self._path(start, end)
-        temporary = path.with_suffix(".tmp")
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
         embeddings = embeddings.to("cpu", self.dtype)
         save_file({"embeddings": embeddings}, temporary)
         os.replace(temporary, path)
@@ -998,6 +1007,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} {value}: must be at least {least}")
     if args.trec and "{dataset}" not in args.trec and (len(args.dataset) > 1 or args.dataset[0] in GROUPS):
         parser.error(f"--trec {args.trec}: several datasets need {{dataset}} in the file's name")
+    for flag, prompt in (("query", args.query_prompt), ("document", args.document_prompt)):
+        if prompt and not prompt.isascii() and any("\ud800" <= letter <= "\udfff" for letter in prompt):
+            parser.error(f"--{flag}-prompt: not UTF-8")
     args.identical_ids = args.identical_ids or ("mteb" if args.mteb else "beir")
     return args
 
@@ -1009,6 +1021,9 @@ def run_evaluation(args: argparse.Namespace) -> list[dict]:
         raise InputError(f"{args.model} does not exist: train it (`python dream.py train`) or pass --model")
     # Every dataset is checked before the first is encoded: a typing error should not wait for hours of work.
     datasets = [d for name in expand_names(args.dataset) for d in resolve_datasets(name, args.split)]
+    names = Counter(dataset.name for dataset in datasets)
+    if twice := [name for name, count in names.items() if count > 1]:
+        raise InputError(f"--dataset: several are called {twice[0]!r}; give each folder a name of its own")
     for path in (args.json, *(args.trec.replace("{dataset}", d.name) for d in datasets if args.trec)):
         if path:
             check_writable(path)
@@ -1036,6 +1051,7 @@ def run_evaluation(args: argparse.Namespace) -> list[dict]:
         settings |= {"batch_tokens": args.batch_tokens, "compiled": args.compile}
         if args.embeddings:
             settings["embeddings_dtype"] = args.embeddings_dtype
+            fingerprint = embedder.fingerprint()
         settings |= {**embedder.describe(), "dtype_reason": reason}
         revision = folder.name if folder.parent.name == "snapshots" else revision
     settings |= {"model_revision": revision, "code": code_version(), "torch": torch.__version__}
@@ -1056,14 +1072,12 @@ def run_evaluation(args: argparse.Namespace) -> list[dict]:
         else:
             store = None
             if args.embeddings:
-                store = EmbeddingStore(
-                    Path(args.embeddings), embedder, dataset, STORED[args.embeddings_dtype]
-                )
+                kept_as = STORED[args.embeddings_dtype]
+                store = EmbeddingStore(Path(args.embeddings), embedder, dataset, kept_as, fingerprint)
             hits = dense_hits(embedder, dataset, wanted, args.batch_tokens, store=store)
         keep = args.identical_ids == "keep" or args.identical_ids == "mteb" and dataset.task not in MTEB_DROPS
         result, run = evaluate_hits(dataset, hits, args.k, keep, args.per_query)
         results.append(result | {"seconds": round(time.perf_counter() - started, 1)})
-        print_result(result, width)
         if rank:  # the first process alone writes
             continue
         if args.geometry and args.model != "bm25":
@@ -1075,9 +1089,11 @@ def run_evaluation(args: argparse.Namespace) -> list[dict]:
             content = {"results": results, "averages": average(results), "settings": settings}
             write_atomic(Path(args.json), json.dumps(content, indent=2) + "\n")
         if args.mteb:
-            name = args.model.partition("@")[0]
-            name = f"local/{Path(args.model).resolve().name}" if Path(args.model).exists() else name
+            name, own = args.model.partition("@")[0], Path(args.model).resolve()
+            if own.exists():
+                name = f"local/{own.parent.name}-{own.name}" if own.match("step-*") else f"local/{own.name}"
             write_mteb(Path(args.mteb), name, revision, list(zip(datasets, results, strict=False)))
+        print_result(result, width)
     for name, metrics in average(results).items():
         print(
             f"{name}: NDCG@10 {metrics['ndcg@10']:.4f}, the mean of its parts"
@@ -1094,14 +1110,11 @@ def run_evaluation(args: argparse.Namespace) -> list[dict]:
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0, or 2 when the input is wrong."""
     args = parse_arguments(argv)
-    try:
+
+    def work() -> None:
         run_evaluation(args)
-    except InputError as error:
-        print(f"eval.py: error: {error}", file=sys.stderr)
-        leave_processes(failed=2)
-        return 2
-    leave_processes()
-    return 0
+
+    return run_command("eval.py", work)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -508,17 +508,33 @@ def join_processes() -> tuple[int, int]:
     return torch.distributed.get_rank(), processes
 
 
-def leave_processes(failed: int = 0) -> None:
+def leave_processes(failed: bool = False, status: int = 0) -> int:
     """End the process group, and with it its threads: one that outlives the interpreter may abort it.
 
-    failed: the exit status of a process that fails alone. nccl's groups end together or not at all, and the
-    others may wait for this one: it exits at once, and torchrun then ends them.
+    failed: this process alone does. nccl's groups end together or not at all, and the others may wait for
+    this one: it exits at once, with `status`, and torchrun then ends them. Returns `status`.
     """
     if torch.distributed.is_initialized():
         if failed:
             sys.stderr.flush()
-            os._exit(failed)
+            os._exit(status)
         torch.distributed.destroy_process_group()
+    return status
+
+
+def run_command(name: str, work: Callable[[], int | None]) -> int:
+    """The exit status of a command; what goes wrong is told in one line, without a traceback."""
+    try:
+        return leave_processes(status=work() or 0)
+    except KeyboardInterrupt:
+        told, status = "interrupted", 130
+    except BrokenPipeError:  # who reads this has read enough: no more goes there, at the end neither
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return leave_processes(failed=True, status=141)
+    except (InputError, OSError, SafetensorError) as error:
+        told, status = f"error: {error}", 2
+    print(f"{name}: {told}", file=sys.stderr)
+    return leave_processes(failed=True, status=status)
 
 
 def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
@@ -651,7 +667,7 @@ def find_folder(name: str | Path, weights: bool = True) -> Path:
     known = [folder.name for folder in beside.iterdir() if folder.is_dir()] if beside.is_dir() else []
     close = difflib.get_close_matches(Path(name).name, known, 1)
     hint = f"; did you mean the folder {beside / close[0]}?" if close else ""
-    if not HUB_NAME.fullmatch(str(name)):
+    if not HUB_NAME.fullmatch(str(name)) or Path(name).parts[0] == "runs":  # where our runs lie
         raise InputError(
             f"{name}: no such folder; give the folder of a checkpoint (config.json, *.safetensors), or a "
             f"Hugging Face name, owner/name or owner/name@revision{hint}"
@@ -765,8 +781,10 @@ class Embedder(nn.Module):
         return F.normalize(exact(hidden[:, 0]), dim=-1)
 
     def fingerprint(self) -> str:
-        """A digest of all weights, as they are computed with."""
-        digest = hashlib.blake2b(digest_size=16)
+        """A digest of what decides the embeddings beside `describe`: weights, sizes, tokenizer, the adapters'
+        strength."""
+        digest = hashlib.blake2b(f"{self.decoder.config}{self.tokenizer.to_str()}".encode(), digest_size=16)
+        digest.update(repr([layer.scaling for layer in lora_layers(self.decoder).values()]).encode())
         for name, tensor in sorted(self.decoder.state_dict().items()):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
@@ -791,6 +809,8 @@ def resolve_run(folder: str | Path) -> Path:
     if listing.exists():
         names = read_json(listing)
         return inside(folder, names.get("best") or names.get("last"), listing)
+    if (folder / "settings.json").exists() and not (folder / "config.json").exists():
+        raise InputError(f"{folder}: this run has no checkpoint yet")
     return folder
 
 

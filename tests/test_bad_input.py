@@ -438,6 +438,12 @@ BAD = [
         "test.tsv: no judgements",
     ),
     bad(
+        "qrels: no header, and no integer",
+        put("data/qrels/test.tsv", "q0\td0\t1.0\nq1\td1\t1\n"),
+        BM25,
+        "test.tsv, line 1",
+    ),
+    bad(
         "qrels: no integer",
         line("data/qrels/test.tsv", 3, "q1\td1\t1.5"),
         BM25,
@@ -1153,6 +1159,7 @@ BAD = [
     bad("flag: --limit 0 in mine", NONE, MINE + " --limit 0", "--limit"),
     bad("flag: --seed -1 in mine", NONE, MINE + " --seed -1 --limit 1", "--seed"),
     bad("flag: --by absent in mine", NONE, MINE + " --by absent", "absent: no such folder"),
+    bad("flag: --query-prompt in bytes", NONE, EVAL + " --query-prompt a\udce9", "--query-prompt: not UTF-8"),
     bad("flag: --k 5", NONE, BM25 + " --k 5", "--k 5: must be at least 100"),
     bad("flag: --batch-tokens 0", NONE, EVAL + " --batch-tokens 0", "--batch-tokens 0"),
     bad("flag: --max-length 0 in eval", NONE, EVAL + " --max-length 0", "--max-length 0"),

@@ -316,6 +316,8 @@ def test_beir_folder_and_zip(tmp_path):
     with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
         for file in folder.rglob("*.*"):
             archive.write(file, f"set/{file.relative_to(folder)}")
+        archive.writestr("__MACOSX/set/._corpus.jsonl", b"what Finder leaves")
+    (folder / "README.md").write_text("---\ntitle: my notes: yes\n---\n")  # not a card as mteb's are
     for path in (folder, tmp_path / "set.zip"):
         dataset = load_dataset(path, "test")
         assert dataset.name == "set" and dataset.num_documents == 3

@@ -34,7 +34,7 @@ from model import join_processes, leave_processes
 rank, _ = join_processes()
 if rank == 1:
     atexit.register((pathlib.Path(__file__).parent / "left").touch)  # an ordinary exit comes by here
-    leave_processes(failed=2)
+    leave_processes(failed=True, status=2)
 torch.distributed.barrier()
 """
 
@@ -114,17 +114,17 @@ def test_two_processes_train_as_one(world, tmp_path, objective):
     assert "checkpoint: " in resumed.stdout
 
 
-def test_two_processes_evaluate_as_one(world, tmp_path):
+@pytest.mark.parametrize("kept", [False, True])
+def test_two_processes_evaluate_as_one(world, tmp_path, kept):
     """Each encodes and searches its share; hits and scores equal one process's; a store serves both."""
     results = {}
-    for processes in (1, 2):
+    for processes in (2, 1):
         files = ["--trec", tmp_path / f"{processes}.trec", "--json", tmp_path / f"{processes}.json"]
         arguments = ["--dataset", world / "set", "--model", world / "judge", "--device", "cpu", *files]
-        store = ["--embeddings", tmp_path / "kept"] if processes == 2 else []
+        store = ["--embeddings", tmp_path / "kept"] if kept else []
         launch(processes, "eval.py", *arguments, *store)
         results[processes] = json.loads((tmp_path / f"{processes}.json").read_text())["results"]
-        if store:
-            assert len(list((tmp_path / "kept").rglob("*.safetensors"))) == 2  # a block each
+    assert len(list((tmp_path / "kept").rglob("*.safetensors"))) == int(kept)  # one block, encoded once
     assert results[1][0]["metrics"] == pytest.approx(results[2][0]["metrics"], abs=1e-3)
     runs = [
         {tuple(line.split()[::2][:2]): float(line.split()[4]) for line in (tmp_path / f"{n}.trec").open()}

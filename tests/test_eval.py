@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import random
 import shutil
 import subprocess
@@ -19,7 +20,7 @@ from torch import nn
 
 import eval as yardstick
 from data import InputError, load_dataset
-from model import load_embedder
+from model import add_lora, load_embedder
 
 SHARED = ROOT.parent / "shared" / "data" / "beir"
 WORDS = "red blue green cats dogs berries heroes buses glass virus run runs tree trees of the a".split()
@@ -405,6 +406,50 @@ def test_embeddings_are_kept_and_reused(small, tmp_path, monkeypatch, name):
         hits(load_embedder(model, torch.device("cpu"), torch.float32))
 
 
+def test_another_job_may_fill_the_same_store(small, tmp_path, monkeypatch):
+    """It writes the second block while ours is at the first: ours are what they would have been."""
+    dataset = load_dataset(small, "test")
+    embedder = load_embedder(tiny_checkpoint(tmp_path / "tiny"), torch.device("cpu"), torch.float32)
+
+    def hits():
+        store = yardstick.EmbeddingStore(tmp_path / "kept", embedder, dataset, torch.float32)
+        return yardstick.dense_hits(embedder, dataset, 50, document_block=64, quiet=True, store=store)
+
+    expected, write = yardstick.dense_hits(embedder, dataset, 50, quiet=True), yardstick.EmbeddingStore.write
+
+    def meanwhile(store, start, end, embeddings):
+        monkeypatch.setattr(yardstick.EmbeddingStore, "write", write)
+        hits()
+        for later in sorted(store.folder.glob("*.safetensors"))[2:]:
+            later.unlink()
+        return write(store, start, end, embeddings)
+
+    monkeypatch.setattr(yardstick.EmbeddingStore, "write", meanwhile)
+    np.testing.assert_allclose(hits().scores, expected.scores, atol=1e-5)
+    np.testing.assert_allclose(hits().scores, expected.scores, atol=1e-5)
+
+
+def test_whatever_decides_an_embedding_is_in_the_stores_name(tmp_path):
+    def fingerprint(**changes):
+        folder = tiny_checkpoint(tmp_path / "tiny")
+        for name, content in changes.items():
+            path = folder / f"{name}.json"
+            known = json.loads(path.read_text()) if path.exists() else {}
+            path.write_text(json.dumps(known | content))
+        embedder = load_embedder(folder, torch.device("cpu"), torch.float32)
+        torch.manual_seed(0)
+        add_lora(embedder.decoder, 2, lora["alpha"], 0.0, ["q_proj"])
+        return embedder.fingerprint()
+
+    lora = {"alpha": 4.0}
+    assert fingerprint() == fingerprint()
+    seen = [fingerprint(), fingerprint(config={"rms_norm_eps": 0.1})]
+    seen.append(fingerprint(tokenizer_config={"add_eos_token": True, "eos_token": "<|endoftext|>"}))
+    lora["alpha"] = 8.0
+    seen.append(fingerprint())
+    assert len(set(seen)) == 4
+
+
 def test_a_disk_too_small_for_the_embeddings_is_told_first(small, tmp_path, monkeypatch):
     monkeypatch.setattr(yardstick.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10}))
     embedder = load_embedder(tiny_checkpoint(tmp_path / "tiny"), torch.device("cpu"), torch.float32)
@@ -458,6 +503,37 @@ def test_command_line_with_a_checkpoint(small, tmp_path, capsys):
     assert again == {name: pytest.approx(value, abs=6e-6) for name, value in first["metrics"].items()}
 
 
+def test_two_folders_of_one_name_are_refused(small, tmp_path, capsys):
+    again = shutil.copytree(small, tmp_path / "other" / "small")
+    assert yardstick.main(["--dataset", str(small), str(again), "--model", "bm25"]) == 2
+    assert "--dataset: several are called 'small'; give each folder" in capsys.readouterr().err
+
+
+def test_checkpoints_of_two_runs_have_two_names_in_mteb(small, tmp_path):
+    for run in ("one", "two"):
+        model = tiny_checkpoint(tmp_path / run / "step-000002")
+        arguments = ["--dataset", str(small), "--model", str(model), "--mteb", str(tmp_path / "out")]
+        assert yardstick.main([*arguments, "--device", "cpu"]) == 0
+    names = {folder.name for folder in (tmp_path / "out" / "results").iterdir()}
+    assert names == {"local__one-step-000002", "local__two-step-000002"}
+
+
+@pytest.mark.parametrize("broken", [BrokenPipeError(), KeyboardInterrupt(), PermissionError(13, "no", "f")])
+def test_a_command_that_cannot_go_on_says_so_in_a_line(broken, monkeypatch, capfd):
+    def fails(args):
+        raise broken
+
+    monkeypatch.setattr(yardstick, "run_evaluation", fails)
+    monkeypatch.setattr(os, "dup2", lambda *handles: None)
+    status, told = {
+        BrokenPipeError: (141, ""),
+        KeyboardInterrupt: (130, "eval.py: interrupted\n"),
+        PermissionError: (2, "eval.py: error: [Errno 13] no: 'f'\n"),
+    }[type(broken)]
+    assert yardstick.main(["--dataset", "demo", "--model", "bm25"]) == status
+    assert capfd.readouterr().err == told
+
+
 def test_command_line_with_bm25(small, tmp_path, capsys):
     result = tmp_path / "new" / "result.json"
     assert yardstick.main(["--dataset", str(small), "--model", "bm25", "--json", str(result)]) == 0
@@ -469,11 +545,16 @@ def test_command_line_with_bm25(small, tmp_path, capsys):
 def test_wrong_input_is_one_line_and_exit_status_2(small, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     some = ["--dataset", str(small)]
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "settings.json").write_text("{}")
     for arguments, message in (
         (some, "runs/demo does not exist: train it"),
         (["--dataset", "absent", "--model", "bm25"], "--dataset absent: no such folder"),
         ([*some, "--model", "bm25", "--split", "dev"], "splits there: test"),
         ([*some, "--model", str(tmp_path)], str(tmp_path)),
+        ([*some, "--model", "runs/nope"], "runs/nope: no such folder; give"),
+        ([*some, "--model", "begun"], "begun: this run has no checkpoint yet"),
+        ([*some, "--model", "bm25", "--mteb", "/proc/1"], "/proc/1: cannot be written, /proc/1 is read-only"),
     ):
         assert yardstick.main(arguments) == 2
         error = capsys.readouterr().err
