@@ -16,6 +16,7 @@ This file never trains, never tokenises prompts for the judge, and runs no code 
 import difflib
 import hashlib
 import importlib
+import io
 import json
 import math
 import os
@@ -522,12 +523,17 @@ def leave_processes(failed: bool = False, status: int = 0) -> int:
     return status
 
 
-def run_command(name: str, work: Callable[[], int | None]) -> int:
-    """The exit status of a command; what goes wrong is told in one line, without a traceback."""
+def run_command(name: str, work: Callable[[], int | None], interrupted: str = "interrupted") -> int:
+    """A command's exit status: that of its work, 2 when its input is wrong, 130 after Ctrl-C, 141 when nobody
+    reads what it prints (`| head`). What goes wrong is told in one line, without a traceback."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # "?" where a terminal has no such letter
     try:
-        return leave_processes(status=work() or 0)
+        status = work() or 0
+        print(end="", flush=True)  # here a closed pipe can still be told
+        return leave_processes(status=status)
     except KeyboardInterrupt:
-        told, status = "interrupted", 130
+        told, status = interrupted, 130
     except BrokenPipeError:  # who reads this has read enough: no more goes there, at the end neither
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return leave_processes(failed=True, status=141)

@@ -6,7 +6,7 @@ Your own texts from beginning to end: files in, rows out of them, a trained retr
 
 1. Every .txt and .md file below the folder becomes a document of OUT/corpus.jsonl; its name is the title.
 2. `dream.py mine --from-text` cuts the documents into passages and makes training rows of them.
-3. `dream.py train` trains on the rows. Started again, it goes on where it stopped.
+3. `dream.py train` trains on the rows. Ctrl-C ends it with the step; the same command goes on from there.
 4. `tools.search` answers the question from the passages, or asks for questions.
 
 The defaults are the demo's tiny model, which knows nothing but its own small world: with them this is a
@@ -16,6 +16,7 @@ picture of the steps, not a retriever. Each command is printed before it runs, t
 import argparse
 import json
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data import InputError, writing  # noqa: E402
+from data import InputError, JsonLines, read_json, writing  # noqa: E402
+from model import run_command  # noqa: E402
 
 
 def write_corpus(texts: Path, path: Path) -> int:
@@ -46,9 +48,27 @@ def write_corpus(texts: Path, path: Path) -> int:
 def run(*command: str) -> None:
     """Run a command of this project in its root; its exit status is ours where it fails."""
     print("\n$ python " + shlex.join(command), flush=True)
+    # A Ctrl-C reaches the command too, which may have to save: it decides when and how this ends.
+    before = signal.signal(signal.SIGINT, lambda *_: None)
     status = subprocess.run([sys.executable, *command], cwd=ROOT).returncode
+    signal.signal(signal.SIGINT, before)
     if status:
         sys.exit(status)
+
+
+def find(name: str) -> str:
+    """A folder from the caller's place, as commands run in the root; a name on the hub as it is."""
+    return str(Path(name).resolve()) if Path(name).exists() else name
+
+
+def check_begun(run: Path, rows: Path, flags: dict) -> None:
+    """What was begun goes on as it was begun. Raises InputError where something else is wanted."""
+    begun = read_json(run / "settings.json")
+    other = [f"--{name} {begun.get(name)}" for name, value in flags.items() if begun.get(name) != value]
+    same = begun.get("rows_fingerprint") == JsonLines(rows).fingerprint
+    if other := other + ["other texts or another --recipe"] * (not same):
+        told = f"was begun with {', '.join(other)}; delete it to begin anew, or choose another --out"
+        raise InputError(f"{run}: {told}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -66,26 +86,27 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--recipe", choices=["next", "rest"], default="next", help="of the rows, see dream.py mine"
     )
-    parser.add_argument("--steps", default="100", help="of training (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=100, help="of training (default: %(default)s)")
     args = parser.parse_args(argv)
-    out = args.out.resolve()
-    try:
-        number = write_corpus(args.texts, out / "corpus.jsonl")
-    except InputError as error:
-        print(f"own_corpus.py: error: {error}", file=sys.stderr)
-        return 2
-    print(f"{out / 'corpus.jsonl'}: {number:,} documents")
-    rows, trained = str(out / "rows.jsonl"), str(out / "run")
-    corpus = ["--corpus", str(out / "corpus.jsonl"), "--judge", args.judge]
-    run("dream.py", "mine", "--from-text", args.recipe, *corpus, "--out", rows)
-    if (out / "run" / "settings.json").exists():
-        run("dream.py", "train", "--resume", trained)
-    else:
-        models = ["--judge", args.judge, "--retriever", args.retriever]
-        run("dream.py", "train", "--train", rows, *models, "--steps", args.steps, "--out", trained)
-    question = [args.question] if args.question else []
-    run("-m", "tools.search", *question, "--model", trained, "--corpus", f"{rows}.passages.jsonl")
-    return 0
+    out, flags = args.out.resolve(), {"judge": find(args.judge), "retriever": find(args.retriever)}
+    flags |= {"steps": args.steps}
+    corpus, rows, trained = str(out / "corpus.jsonl"), str(out / "rows.jsonl"), str(out / "run")
+
+    def work() -> None:
+        number = write_corpus(args.texts, Path(corpus))
+        print(f"{corpus}: {number:,} documents")
+        mined = ["--corpus", corpus, "--judge", flags["judge"], "--out", rows]
+        run("dream.py", "mine", "--from-text", args.recipe, *mined)
+        if (out / "run" / "settings.json").exists():
+            check_begun(out / "run", Path(rows), flags)
+            run("dream.py", "train", "--resume", trained)
+        else:
+            begun = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+            run("dream.py", "train", "--train", rows, *begun, "--out", trained)
+        question = [args.question] if args.question else []
+        run("-m", "tools.search", *question, "--model", trained, "--corpus", f"{rows}.passages.jsonl")
+
+    return run_command("own_corpus.py", work)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ import argparse
 import json
 import math
 import os
+import pickle
 import random
 import re
 import shutil
@@ -60,7 +61,7 @@ from data import (  # noqa: E402
 )
 from demo import make  # noqa: E402
 from dream import read_prefix, target_loss  # noqa: E402
-from model import CausalLM, Config, rope_frequencies, save_weights  # noqa: E402
+from model import CausalLM, Config, rope_frequencies, run_command, save_weights  # noqa: E402
 
 CPU = torch.device("cpu")
 CONFIG = {
@@ -125,11 +126,14 @@ def read_library(
         if key not in found:
             raise InputError(f"{asked.where(index)}: passage_id {key!r} is not in {corpus}")
         title, content = found[key]
-        if key in hidden or content in hidden_texts:
+        if key in hidden or content in hidden_texts or not content:
             continue
         passage = passages.setdefault(key, Passage(title, split(content)))
-        answer = (value.get("answers") or [""])[0].strip()
-        if answer and answer in content:
+        answers = value.get("answers") or [""]
+        answer = answers[0] if isinstance(answers, list) else answers
+        if not isinstance(answer, str):
+            raise InputError(f"{asked.where(index)}: 'answers' must be a text or a list of texts")
+        if (answer := answer.strip()) and answer in content:
             passage.questions.append((asked.text(index, value, "query"), answer))
     kept = [passage for passage in passages.values() if passage.questions]
     plain = [passage for passage in passages.values() if not passage.questions]
@@ -139,10 +143,11 @@ def read_library(
         articles = JsonLines(plain_text)
         each = math.ceil(paragraphs / max(len(articles), 1))
         for index, value in enumerate(tqdm(articles, total=len(articles), desc="plain text", unit="article")):
-            title = (value.get("title") or "").strip()
+            title = articles.text(index, value, "title", default="")
             if title.lower() in hidden_titles:
                 continue
-            long = (p for p in articles.text(index, value, "text").split("\n") if 200 < len(p) < 2000)
+            text = articles.text(index, value, "text")
+            long = (p for p in text.split("\n") if 200 < len(p) < 2000 and p.strip())
             plain += [
                 Passage(title, split(paragraph)) for paragraph, _ in zip(long, range(each), strict=False)
             ]
@@ -428,11 +433,15 @@ def measure(network: CausalLM, tokenizer: Tokenizer, held: list[Passage], number
             passage, other = held[index % len(held)], held[(index + 1) % len(held)]
             text = " ".join(passage.sentences)
             drawn = rng.choice(passage.questions) if kind == "real" else None
-            while drawn is None:
-                drawn = draw_cloze(rng, text, set(), worn=0.5)
+            for _ in range(100):
+                drawn = drawn or draw_cloze(rng, text, set(), worn=0.5)
+            if drawn is None:  # not one long sentence
+                continue
             for found, chosen in ((rows, passage), (others, other)):
                 document = Document(chosen.title, " ".join(chosen.sentences))
                 found.append(Row(index, *drawn, [document], 0))
+        if not rows:
+            continue
         losses = []
         for some in (rows, others):
             prompts = builder.build(some)
@@ -475,10 +484,12 @@ def read_state(path: Path, settings: dict) -> dict | None:
         return None
     try:
         state = torch.load(path, weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); delete it or choose another --out") from error
-    if state["settings"] != settings:
-        raise InputError(f"{path}: belongs to a run with {state['settings']}; choose another --out")
+        begun_with = state["settings"]
+    except (OSError, RuntimeError, ValueError, EOFError, LookupError, TypeError, pickle.PickleError) as error:
+        told = f"cannot be read ({type(error).__name__})"  # torch's own words advise to trust the file
+        raise InputError(f"{path}: {told}; delete it or choose another --out") from error
+    if begun_with != settings:
+        raise InputError(f"{path}: belongs to a run with {begun_with}; choose another --out")
     return state
 
 
@@ -553,17 +564,16 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     torch.set_num_threads(args.threads)  # with another number the order of sums, and so the weights, differ
-    try:
+
+    def work() -> None:
         library = read_library(args.corpus, args.train, args.dev, args.text)
         print(
             f"{len(library.passages):,} passages with questions, {len(library.plain):,} of plain text, "
             f"{len(library.held)} held out"
         )
         print(f"written: {run(args, library, CONFIG)}")
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return run_command("reader.py", work)
 
 
 if __name__ == "__main__":

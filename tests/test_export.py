@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 
 import pytest
 import torch
@@ -237,6 +238,34 @@ def test_results_are_those_of_the_best_checkpoint(tmp_path):
     assert "## Results" not in last and "## Training" in last and "`step-000200`" in last
 
 
+@pytest.mark.parametrize(
+    "objective, learns, told",
+    [
+        (
+            "dream",
+            False,
+            "trained with DREAM .* without labels, through the attention .* of a frozen language",
+        ),
+        ("dream", True, "without labels, .* a language model, the judge, whose adapters learnt too"),
+        ("infonce", False, "InfoNCE .* by labels, .* without a judge"),
+        ("replug", False, "REPLUG-LSR .* without labels, .* likely to a frozen language model, the judge"),
+        ("revela", False, "Revela .* without labels, .* a language model, the judge, whose adapters learnt"),
+    ],
+)
+def test_the_card_tells_its_objective(tmp_path, objective, learns, told):
+    run = make_run(tmp_path)
+    settings = json.loads((run / "settings.json").read_text())
+    settings |= {"objective": objective, "judge_lora": learns, "kl": "reverse"}
+    (run / "settings.json").write_text(json.dumps(settings))
+    card = card_of(tmp_path, run)
+    assert re.search(told, card.replace("\n", " "))
+    names = re.findall(r"^\| `(\w+)`", card, re.MULTILINE)
+    assert names[0] == "objective" and ("kl" in names) == (objective == "replug")
+    for part in ("- dream\n", "Injected: ", "`inject_rows`", "arxiv.org/abs/2606"):
+        assert (part in card) == (objective == "dream"), part
+    assert ("* Judge: `" in card) == (objective != "infonce")
+
+
 def test_what_is_unknown_is_left_out(tmp_path):
     """A full run tells no LoRA settings, an unfinished one no results, an adapter alone nothing at all."""
     run = make_run(tmp_path, full=True)
@@ -263,6 +292,44 @@ def refused(capsys, *argv):
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.startswith("export: error: ") and captured.err.count("\n") == 1
     return captured.err
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("heads", {"selected": 5}),
+        ("heads", {"selected": [[1, 2, 3]]}),
+        ("settings", {"objective": "other"}),
+        ("settings", {"rows": "many"}),
+        ("settings", {"judge": 5}),
+        ("results", {"after": [5]}),
+    ],
+)
+def test_files_of_another_shape_are_one_line(tmp_path, capsys, name, change):
+    run = make_run(tmp_path)
+    path = run / f"{name}.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    error = refused(capsys, run, "--to", tmp_path / "mine", "--format", "merged")
+    assert f"{path}: not as `train` writes it" in error and not (tmp_path / "mine").exists()
+
+
+def test_ctrl_c(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("model.load_embedder", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert main([str(make_run(tmp_path)), "--to", str(tmp_path / "mine"), "--format", "merged"]) == 130
+    assert capsys.readouterr().err == "export: interrupted\n" and not (tmp_path / "mine").exists()
+
+
+def test_before_the_demo_was_trained(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    error = refused(capsys, "runs/demo", "--to", "mine", "--format", "merged")
+    assert "runs/demo does not exist: train it (`python dream.py train`)" in error
+
+
+def test_commands_can_be_copied(tmp_path, capsys):
+    to = tmp_path / "my model"
+    assert main([str(make_run(tmp_path)), "--to", str(to), "--format", "merged"]) == 0
+    assert shlex.split(capsys.readouterr().out.splitlines()[-1])[4] == str(to)
+    assert "$ python eval.py --model 'my model' --dataset" in (to / "README.md").read_text()
 
 
 def test_a_folder_in_use_is_refused(tmp_path, capsys):

@@ -18,12 +18,17 @@ FIGURES = {
     "bars, negative": bars("t", ["a", "b"], [-0.3, 0.5], [0.2, 0.2], "x", (-0.6, ODD)),
     "bars, nothing": bars("t", [], []),
     "bars, zeros": bars("t", ["a"], [0.0]),
+    "bars, least": bars("t", ["a"], [5e-324]),
+    "bars, next to nothing": bars("t", ["a", "b"], [0.0, 3e-310]),
+    "bars, too large": bars("t", ["a", "b", "c"], [1.7e308, -1.7e308, 0.5], [1.0, 1.0, 1e308]),
     "bars, at the edge": bars("t", ["a"], [0.1], None, "", (0.9999, "a rather long name of a reference")),
     "lines": lines("t", {"a": [(2, 0.5, 0.1), (4, 0.7)], "b": [(2, 0.1), (4, 0.2)]}, "x", "y", (0.6, "BM25")),
     "lines, gaps": lines("t", {"a": [(1, 0.5), (2, None), (3, NAN, 1.0), (None, 1.0), (4, 0.6, NAN)]}, "x"),
     "lines, one point": lines("t", {"a": [(8, 0.5)]}),
     "lines, one value": lines("t", {"a": [(0.3, 0.1 + 0.2), (0.30000000000000004, 0.3)]}),
     "lines, nothing": lines(ODD, {"a": [], "b": [(NAN, 1.0)]}, "x", "y"),
+    "lines, least": lines("t", {"a": [(5e-324, 5e-324), (1e-323, 1e-323)]}, "x", "y"),
+    "lines, too large": lines("t", {"a": [(0, 1.7e308), (1, -1.7e308), (2, 0.5)]}, "x", "y"),
     "lines, many": lines(
         "t", {f"{ODD} {i}": [(s, i / 9) for s in range(500)] for i in range(8)}, "step", "w"
     ),

@@ -2,11 +2,16 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from conftest import ROOT
+
+from data import JsonLines
+from demo import own_corpus
 
 
 def script(*arguments, cache):
@@ -49,6 +54,80 @@ def test_started_again_it_goes_on(texts, tmp_path):
         done = script(texts, QUESTION, "--out", tmp_path / "own", "--steps", 2, cache=tmp_path / "cache")
         assert done.returncode == 0, done.stderr[-2000:]
     assert "train --resume" in done.stdout
+    done = script(texts, QUESTION, "--out", tmp_path / "own", "--steps", 3, cache=tmp_path / "cache")
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].endswith(
+        "was begun with --steps 2; delete it to begin anew, or choose another --out"
+    )
+
+
+@pytest.fixture
+def commands(monkeypatch):
+    """Those that are run; of the real ones only what a second start looks at is left behind."""
+    ran = []
+
+    def run(*command):
+        ran.append(command)
+        flags = dict(zip(command, command[1:], strict=False))
+        out = own_corpus.Path(flags.get("--out", "/"))
+        if command[1] == "mine":
+            out.write_bytes(own_corpus.Path(flags["--corpus"]).read_bytes())
+        elif command[1] == "train" and "--resume" not in flags:
+            out.mkdir()
+            kept = {"judge": flags["--judge"], "retriever": flags["--retriever"]}
+            kept |= {
+                "steps": int(flags["--steps"]),
+                "rows_fingerprint": JsonLines(own_corpus.Path(flags["--train"])).fingerprint,
+            }
+            (out / "settings.json").write_text(json.dumps(kept))
+
+    monkeypatch.setattr(own_corpus, "run", run)
+    return ran
+
+
+def test_only_the_same_goes_on(texts, tmp_path, commands, capsys):
+    given = [str(texts), QUESTION, "--out", str(tmp_path / "own")]
+    assert own_corpus.main([*given, "--steps", "2"]) == 0
+    assert own_corpus.main([*given, "--steps", "2"]) == 0
+    assert commands[-2][:3] == ("dream.py", "train", "--resume")
+    capsys.readouterr()
+
+    def refused(*flags):
+        assert own_corpus.main([*given, *flags]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and "delete it to begin anew, or choose another --out" in error
+        return error
+
+    assert "run: was begun with --steps 2;" in refused()
+    assert f"with --judge {ROOT / 'demo' / 'checkpoint'};" in refused("--steps", "2", "--judge", "owner/name")
+    (texts / "note_0.txt").write_text("something else")
+    assert "with other texts or another --recipe;" in refused("--steps", "2")
+
+
+def test_folders_are_the_callers(texts, tmp_path, commands, monkeypatch):
+    """The commands run in the project's root."""
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert own_corpus.main(["texts", "--out", "own", "--judge", "mine", "--retriever", "owner/name"]) == 0
+    _, train, _ = commands
+    assert train[train.index("--judge") + 1] == str(tmp_path / "mine")
+    assert train[train.index("--retriever") + 1] == "owner/name"
+
+
+def test_ctrl_c_waits_for_what_the_command_saves(tmp_path):
+    command = (
+        "import pathlib, signal, sys, time\n"
+        "def save(*_): time.sleep(1); pathlib.Path(sys.argv[2]).touch(); sys.exit(7)\n"
+        "signal.signal(signal.SIGINT, save); pathlib.Path(sys.argv[1]).touch(); time.sleep(60)"
+    )
+    ready, saved = tmp_path / "ready", tmp_path / "saved"
+    script = f"from demo import own_corpus; own_corpus.run('-c', {command!r}, {str(ready)!r}, {str(saved)!r})"
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    while process.poll() is None and not ready.exists():
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to both
+    assert process.communicate(timeout=30)[1] == "" and process.returncode == 7 and saved.exists()
 
 
 def test_no_texts_is_one_line(tmp_path):

@@ -112,6 +112,39 @@ def test_a_passage_of_both_splits_is_left_out(files):
     assert not any("Vane0." in " ".join(p.sentences) for p in library.passages + library.plain + library.held)
 
 
+def test_answers_are_a_text_or_a_list_of_texts(files, tmp_path, capsys):
+    lines = files["train"].read_text().splitlines()
+    for number, answers in ((0, "captain Vane0"), (1, 5)):
+        lines[number] = json.dumps(json.loads(lines[number]) | {"answers": answers})
+        files["train"].write_text("\n".join(lines) + "\n")
+        if number == 0:
+            library = reader.read_library(files["corpus"], files["train"], files["dev"], None, held=10)
+            asked = [answer for p in library.passages + library.held for _, answer in p.questions]
+            assert "captain Vane0" in asked and "c" not in asked
+    assert reader.main(arguments(files, tmp_path / "out")) == 2
+    told = "line 2: 'answers' must be a text or a list of texts\n"
+    assert capsys.readouterr().err.endswith(told)
+
+
+def test_empty_passages_are_left_out(files):
+    corpus = [json.loads(line) for line in files["corpus"].read_text().splitlines()]
+    corpus[3]["text"] = " \n "
+    files["corpus"].write_text("".join(json.dumps(passage) + "\n" for passage in corpus))
+    files["plain"].write_text(json.dumps({"text": f"a\n{' ' * 300}\n{passage_text(7) * 3}"}) + "\n")
+    library = reader.read_library(files["corpus"], files["train"], files["dev"], files["plain"])
+    assert len(library.plain) == 1 and all(p.sentences for p in library.passages + library.held)
+
+
+def test_measuring_leaves_out_what_no_question_can_be_drawn_from(tokenizer, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(SHAPE))
+    network = reader.CausalLM(reader.Config.read(tmp_path / "config.json"))
+    reader.initialise(network, 0)
+    short = reader.Passage("a", ["Too short."], [("how?", "short")])
+    long = reader.Passage("b", reader.split(passage_text(1)), [("who?", "captain Vane1")])
+    assert reader.measure(network, tokenizer, [short, long], 4).keys() == {"real", "cloze"}
+    assert reader.measure(network, tokenizer, [short, short], 4).keys() == {"real"}
+
+
 @pytest.mark.parametrize("done", [0.1, 0.5, 0.9])
 def test_contexts_are_the_judges_own_prompts(library, tokenizer, done):
     """Up to the first answer, a context is token by token what PromptBuilder makes of the same row."""
@@ -207,3 +240,11 @@ def test_a_state_of_other_settings_is_refused(library, files, tmp_path):
     reader.run(reader.parse_arguments(given), library, SHAPE)
     with pytest.raises(InputError, match="choose another --out"):
         reader.run(reader.parse_arguments([*given, "--seed=1"]), library, SHAPE)
+
+
+@pytest.mark.parametrize("content", [b"garbage", b"", b"PK\x03\x04", None])
+def test_a_damaged_state_is_told(tmp_path, content):
+    path = tmp_path / "state.pt"
+    torch.save([], path) if content is None else path.write_bytes(content)
+    with pytest.raises(InputError, match=r"state.pt: cannot be read \(\w+\); delete it or choose another"):
+        reader.read_state(path, {})

@@ -5,6 +5,7 @@ import io
 import json
 import lzma
 import math
+import os
 import shutil
 
 import pytest
@@ -152,6 +153,35 @@ def test_the_end_of_input_and_ctrl_c(folder, capsys, monkeypatch):
     assert ask(capsys, *some, status=130) == []
 
 
+def test_bytes_that_are_no_text_may_be_typed(folder, model, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("red \udcff cats\n"))
+    (answer,) = ask(capsys, "--model", model, "--corpus", folder)
+    assert answer["question"] == "red ? cats" and len(answer["hits"]) == 10
+
+
+def test_a_terminal_without_the_letters(tmp_path, monkeypatch):
+    """ASCII alone: JSON loses nothing, and what is shown has question marks."""
+    (tmp_path / "c.jsonl").write_text(json.dumps({"_id": "a", "text": "red Bäume"}) + "\n")
+    some = ["red", "--model", "bm25", "--corpus", str(tmp_path / "c.jsonl")]
+    printed = []
+    for flags in (["--json"], []):
+        monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+        assert search.main([*some, *flags]) == 0
+        printed.append(search.sys.stdout.buffer.getvalue().decode("ascii"))
+    assert json.loads(printed[0])["hits"][0]["text"] == "red Bäume" and "red B?ume" in printed[1]
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_nobody_reads_on(folder, monkeypatch, capsys, flags):
+    """As with `| head -1`: no traceback, and the status that a shell gives for it."""
+    reading, written = os.pipe()
+    os.close(reading)
+    with open(written, "w") as pipe:
+        monkeypatch.setattr("sys.stdout", pipe)
+        assert search.main([QUESTION, "--model", "bm25", "--corpus", str(folder), *flags]) == 141
+    assert "Error" not in capsys.readouterr().err
+
+
 def test_passages_are_wrapped_and_cut_unless_full(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
     text = "red " + " ".join(f"word{i}" for i in range(80))
@@ -198,7 +228,7 @@ def test_wrong_input_is_one_line_and_exit_status_2(folder, model, run, tmp_path,
         (["x", *bm25, "--corpus", str(parts)], "has several parts"),
         (["x", *bm25, "--corpus", str(tmp_path / "run" / "heads.json")], "'_id' is missing"),
         ([" ", *bm25, *here], "the question is empty"),
-        (["x", *here], "runs/demo: no such folder"),
+        (["x", *here], "runs/demo does not exist: train it (`python dream.py train`) or pass --model"),
         (["x", "--model", model, *here, "--embeddings", str(folder / "corpus.jsonl")], "is a file"),
         (["x", "--model", model, *here, "--explain"], "needs a run of dream.py"),
         (["x", *bm25, *here, "--explain", "y"], "needs a run of dream.py"),

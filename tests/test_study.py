@@ -1,5 +1,6 @@
 """tools/study.py: the statistics by brute force, resuming, failures, wrong study files, one real study."""
 
+import io
 import itertools
 import json
 import os
@@ -16,7 +17,7 @@ from conftest import ROOT
 from tiny import make_rows, tiny_checkpoint
 
 from data import InputError
-from tools.study import fold, holm, main, read_study, sign_flip_p, summary, to_arguments
+from tools.study import fold, holm, main, read_figures, read_study, sign_flip_p, summary, to_arguments
 
 # In place of `dream.py train`: writes what a run's folder has. --temperature decides the scores; --heads says
 # whether it fails, dies in the middle (once), or waits for a signal.
@@ -178,6 +179,25 @@ def test_results_are_right(toy, capsys):
     assert "BM25 0.5350" in (toy.folder / "a.svg").read_text()
 
 
+def test_datasets_of_one_name_are_kept_apart(toy):
+    """Two folders may have it; the lists of a run's results.json have the same order."""
+    assert toy("--only", "first") == 0
+    path = toy.out / "first-s0" / "results.json"
+    results = json.loads(path.read_text())
+    for kind, (own,) in results.items():
+        results[kind] = [own, own | {"metrics": {"ndcg@10": own["metrics"]["ndcg@10"] / 2}}]
+    path.write_text(json.dumps(results))
+    first, second = (read_figures(path.parent)["datasets"][name] for name in ("toy", "toy (2)"))
+    for kind in results:
+        assert second[kind]["ndcg@10"] == first[kind]["ndcg@10"] / 2 > 0
+
+
+def test_a_terminal_without_the_letters(toy, monkeypatch):
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    assert toy() == 0
+    assert "0.3850 ? 0.0000" in sys.stdout.buffer.getvalue().decode("ascii")
+
+
 # Running
 
 
@@ -335,6 +355,7 @@ WRONG = {
     "own tests": ({"runs": [{"name": "a", "flags": {"test": ["demo"]}}]}, "'test' belongs into 'train'"),
     "a table": ({"tables": [{"title": "a", "runs": ["frist"]}]}, "tables[0]: no run is named 'frist'"),
     "a figure": ({"figures": [{"kind": "pie"}]}, "figures[0]: 'kind' must be bars, lines, heads"),
+    "a figure's kind": ({"figures": [{"kind": []}]}, "figures[0]: 'kind' must be bars, lines, heads, not []"),
     "a figure's run": ({"figures": [{**BASE["figures"][2], "run": "x"}]}, "no run is named 'x'"),
     "a figure's x": ({"figures": [{**BASE["figures"][1], "x": "heads"}]}, "'x' is 'heads', which is not a"),
     "a figure's file": ({"figures": [{**BASE["figures"][2], "file": "../a.svg"}]}, "'file' must be a name"),

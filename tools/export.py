@@ -12,8 +12,11 @@ import argparse
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -24,14 +27,37 @@ from data import HUB_NAME, InputError, read_json, write_atomic
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LIBRARIES = {"merged": "transformers", "adapter": "peft", "sentence-transformers": "sentence-transformers"}
-SHOWN = (  # dream.py's settings that decide what was learnt
-    "full lora_rank lora_alpha lora_targets candidates temperature document_mass inject_rows steps batch lr "
-    "max_length query_prompt document_prompt append_eos seed"
+SHOWN = (  # dream.py's settings that decide what was learnt, beside those of the objectives
+    "full lora_rank lora_alpha lora_targets candidates temperature steps batch lr max_length query_prompt "
+    "document_prompt append_eos seed"
 ).split()
 
 DREAM = "DREAM ([arXiv 2606.24667](https://arxiv.org/abs/2606.24667))"
-TRAINED = f"""A dense retriever trained with {DREAM}, by an implementation that is not the authors':
-without labels, through the attention and the next-token loss of a frozen language model, the judge."""
+TRAINED = """A dense retriever trained with {}, by an implementation that is not the authors':
+{}."""
+JUDGES = "a frozen language model, the judge", "a language model, the judge, whose adapters learnt too"
+OBJECTIVES = {  # what it is, how it teaches, and the settings that are its own
+    "dream": (
+        DREAM,
+        "without labels, through the attention and the next-token loss of {}",
+        "judge_lora document_mass inject_rows",
+    ),
+    "infonce": (
+        "InfoNCE ([arXiv 1807.03748](https://arxiv.org/abs/1807.03748))",
+        "by labels, to tell each query's relevant document from others, without a judge",
+        "in_batch_negatives",
+    ),
+    "replug": (
+        "REPLUG-LSR ([arXiv 2301.12652](https://arxiv.org/abs/2301.12652))",
+        "without labels, towards the documents that make the target likely to {}",
+        "judge_temperature target_likelihood kl",
+    ),
+    "revela": (
+        "Revela ([arXiv 2506.16552](https://arxiv.org/abs/2506.16552))",
+        "without labels, on texts that help one another to be predicted by {}",
+        "group_size normalise_values",
+    ),
+}
 LICENCE = """The weights derive from the base checkpoint, whose licence applies. The licence of the training
 data has to be checked by who publishes them. No licence is claimed here."""
 SENTENCE_TRANSFORMERS = """```python
@@ -88,6 +114,15 @@ def read_run(checkpoint: Path) -> tuple[dict, dict, dict]:
     return known["settings"], known["heads"], known["results"]
 
 
+@contextmanager
+def as_written(path: Path) -> Iterator[None]:
+    """A run's file is trusted; what then fails is told as the file's fault. Raises InputError."""
+    try:
+        yield
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: not as `train` writes it ({error!r})") from error
+
+
 def table(rows: list[list[str]], left: int) -> str:
     """A Markdown table that is aligned as text too: `left` columns to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -108,19 +143,28 @@ def shown(value: object) -> str:
 
 def model_card(embedder: model.Embedder, checkpoint: Path, base: str, kind: str, name: str) -> str:
     """README.md: the hub's front matter, then how the retriever is used and what is known of its training."""
-    settings, heads, results = read_run(checkpoint)
-    base = public_name(base or settings.get("retriever") or "")
+    (settings, heads, results), run = read_run(checkpoint), checkpoint.parent
     task = "feature-extraction" if kind == "merged" else "sentence-similarity"
     front = ["---", f"library_name: {LIBRARIES[kind]}", f"pipeline_tag: {task}", "tags:", "- dense-retrieval"]
-    front += ["- dream"] * bool(settings)
+    with as_written(run / "settings.json"):
+        objective = settings.get("objective", "dream")
+        paper, teaching, own = OBJECTIVES[objective]
+        learns = objective == "revela" or bool(settings.get("judge_lora"))
+        base = public_name(base or settings.get("retriever") or "")
+        facts = {"Base checkpoint": base}
+        facts |= {"Judge": public_name(settings.get("judge") or "") if objective != "infonce" else ""}
+        facts |= {"Training data": public_name(settings.get("train") or "")}
+        facts |= {"Training rows": f"{settings['rows']:,}" if "rows" in settings else ""}
+        names = [n for n in SHOWN if learns or not (settings.get("full") and n.startswith("lora"))]
+        names = [n for n in ("objective", *own.split(), *names) if n in settings]
+        training = [["setting", "value"], *([f"`{n}`", shown(settings[n])] for n in names)]
+    front += ["- dream"] * (bool(settings) and objective == "dream")
     front += [f"base_model: {base.partition('@')[0]}"] * bool(HUB_NAME.fullmatch(base))
-    facts = {"Base checkpoint": base, "Judge": public_name(settings.get("judge") or "")}
-    facts |= {"Training data": public_name(settings.get("train") or "")}
-    facts |= {"Training rows": f"{settings['rows']:,}" if "rows" in settings else ""}
     facts |= {"Checkpoint": checkpoint.name if settings else ""}
     facts |= {"Weights": str(embedder.decoder.embed_tokens.weight.dtype).removeprefix("torch.")}
     parts = ["\n".join([*front, "---"]), f"# {name}"]
-    parts += [TRAINED if settings else f"A dense retriever, exported by an implementation of {DREAM}."]
+    trained = TRAINED.format(paper, teaching.format(JUDGES[learns]))
+    parts += [trained if settings else f"A dense retriever, exported by an implementation of {DREAM}."]
     parts += ["\n".join(f"* {what}: `{fact}`" for what, fact in facts.items() if fact), "## How to use it"]
 
     how = embedder.describe()
@@ -131,7 +175,8 @@ def model_card(embedder: model.Embedder, checkpoint: Path, base: str, kind: str,
     for snippet in [plain] if kind == "merged" else [SENTENCE_TRANSFORMERS, plain]:
         parts.append(re.sub(r"\b(NAME|LENGTH|QUERY|DOCUMENT)\b", lambda found: fields[found[0]], snippet))
     parts += ["sentence-transformers pools such a plain checkpoint by its mean."] * (kind == "merged")
-    parts += [f"```console\n$ python eval.py --model {name} --dataset scifact\n```", "## Embeddings"]
+    command = f"python eval.py --model {shlex.quote(name)} --dataset scifact"
+    parts += [f"```console\n$ {command}\n```", "## Embeddings"]
     lines = [f"The last token's hidden state, L2-normalised: {how['dim']} dimensions, compared by cosine"]
     lines += [f"At most {how['max_length']} tokens of a text; a document is its title, a space, its text"]
     lines += [f"Before a {who}: `{quoted[who]}`" for who, text in how["prompts"].items() if text]
@@ -139,20 +184,18 @@ def model_card(embedder: model.Embedder, checkpoint: Path, base: str, kind: str,
     lines += ["The EOS follows every text, inside that length" if how["append_eos"] else "No EOS is added"]
     parts += ["\n".join(f"* {line}" for line in lines)]
 
-    names = [n for n in SHOWN if n in settings and not (settings.get("full") and n.startswith("lora"))]
-    rows = [["setting", "value"], *([f"`{n}`", shown(settings[n])] for n in names)]
-    parts += ["## Training", "By `dream.py train`:", table(rows, left=2)] if names else []
-    if chosen := [tuple(pair) for pair in heads.get("selected", [])]:
-        text = ", ".join(f"{layer}.{head}" for layer, head in sorted(chosen))
-        parts += [f"Injected: {len(chosen)} attention heads of the judge, layer.head from 0: {text}."]
+    parts += ["## Training", "By `dream.py train`:", table(training, left=2)] if names else []
+    with as_written(run / "heads.json"):
+        injected = [f"{layer}.{head}" for layer, head in sorted(heads.get("selected", []))]
+    if injected and objective == "dream":
+        text = ", ".join(injected)
+        parts += [f"Injected: {len(injected)} attention heads of the judge, layer.head from 0: {text}."]
     if results.get("after"):
         rows = [["dataset", "split", "queries", "BM25", "before", "after"]]
-        try:
+        with as_written(run / "results.json"):
             for triple in zip(results["bm25"], results["before"], results["after"], strict=True):
                 figures = [f"{result['metrics']['ndcg@10']:.4f}" for result in triple]
                 rows.append([triple[2]["dataset"], triple[2]["split"], f"{triple[2]['queries']:,}", *figures])
-        except (TypeError, KeyError, ValueError) as error:
-            raise InputError(f"{checkpoint.parent / 'results.json'}: not as `train` writes it") from error
         parts += ["## Results", "NDCG@10 before and after training:", table(rows, left=2)]
         parts += ["Measured by `eval.py` of this implementation at the end of the run, before the export."]
     return "\n\n".join(part for part in [*parts, "## Licence", LICENCE] if part) + "\n"
@@ -160,6 +203,8 @@ def model_card(embedder: model.Embedder, checkpoint: Path, base: str, kind: str,
 
 def export(args: argparse.Namespace) -> None:
     """Everything `main` does, InputError not caught: load, merge, write beside DIR, rename."""
+    if Path(args.run) == Path("runs/demo") and not Path(args.run).exists():  # it is no name of the hub
+        raise InputError("runs/demo does not exist: train it (`python dream.py train`) or name another RUN")
     source, to = model.find_folder(model.resolve_run(args.run)).resolve(), Path(args.to).resolve()
     weights = model.read_embedding_settings(source)["transformer"]
     base = model.adapter_base(weights) if (weights / "adapter_config.json").exists() else ""
@@ -196,11 +241,11 @@ def export(args: argparse.Namespace) -> None:
     print(f"written: {args.to}  {args.format}, {dtype}, {size:,.1f} MB")
     if Path(base).is_dir() and args.format == "adapter":
         print("note: adapter_config.json names the base by a local path; to publish, put its hub name there")
-    print(f"next: python eval.py --model {args.to} --dataset scifact")
+    print(f"next: python eval.py --model {shlex.quote(args.to)} --dataset scifact")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0, or 2 when the input is wrong."""
+    """The exit status, as `run_command` says."""
     parser = argparse.ArgumentParser(
         prog="export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -211,12 +256,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--dtype", default="auto", choices=["auto", *DTYPES], help="auto: the base's; an adapter is float32")
     add("--name", help="the retriever's name in its card, as owner/name (default: DIR's name)")
     add("--overwrite", action="store_true", help="replace the checkpoint that DIR holds")
-    try:
-        export(parser.parse_args(argv))
-    except InputError as error:
-        print(f"export: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    args = parser.parse_args(argv)
+    return model.run_command("export", lambda: export(args))
 
 
 if __name__ == "__main__":

@@ -27,13 +27,15 @@ Point = Sequence[float | None]  # (x, y) or (x, y, standard deviation)
 
 
 def finite(value: float | None) -> TypeGuard[float]:
-    return value is not None and math.isfinite(value)
+    return value is not None and abs(value) < 1e300  # not NaN, and differences stay finite
 
 
 def ticks(low: float, high: float, whole: bool = False) -> list[float]:
     """Three to eight round values, 1, 2 or 5 times a power of ten apart, that enclose [low, high]."""
-    if not high - low > 1e-9 * max(abs(low), abs(high)):  # one value, but for rounding
-        low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
+    size = max(abs(low), abs(high))
+    if not high - low > max(1e-9 * size, 1e-300):  # one value, but for rounding
+        size = size if size > 1e-290 else 1.0
+        low, high = low - size / 2, high + size / 2
     power = 10.0 ** math.floor(math.log10((high - low) / 6))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= (high - low) / 6)
     step = max(step, 1.0) if whole else step

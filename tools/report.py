@@ -24,7 +24,7 @@ from urllib.parse import quote
 import dream
 import eval as yardstick
 from data import TEMPLATES, InputError, check_writable, read_json, write_atomic
-from model import load_embedder, pick_device, pick_dtype
+from model import load_embedder, pick_device, pick_dtype, run_command
 from tools import figures
 from tools.export import public_name, table
 
@@ -328,7 +328,7 @@ def report(args: Args) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0, 2 when the input is wrong, 130 after Ctrl-C."""
+    """The exit status, as `run_command` says."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = yardstick.ArgumentParser("report", description=__doc__, formatter_class=raw)
     add = parser.add_argument
@@ -337,15 +337,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--dataset", metavar="NAME", help="of the queries, as in eval.py (default: the run's first test set)")
     add("--queries", type=dream.number(int, 0), default=10, metavar="N", help="how many (default: 10)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
-    try:
-        report(parser.parse_args(argv))
-    except KeyboardInterrupt:
-        print("report: interrupted", file=sys.stderr)
-        return 130
-    except InputError as error:
-        print(f"report: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    args = parser.parse_args(argv)
+    return run_command("report", lambda: report(args))
 
 
 if __name__ == "__main__":

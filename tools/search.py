@@ -42,13 +42,13 @@ from data import (
     collate,
     read_json,
 )
-from model import Checkpoint, Embedder, load_embedder, pick_device, pick_dtype, resolve_run
+from model import Checkpoint, Embedder, load_embedder, pick_device, pick_dtype, resolve_run, run_command
 
 Find = Callable[[str, int], yardstick.Hits]  # (question, k) -> what is found for it
 
 
 def utf8(text: str) -> str:
-    """A command line may hold bytes that are no text: "?" instead."""
+    """What is given or typed may hold bytes that are no text: "?" instead."""
     return text.encode(errors="replace").decode()
 
 
@@ -157,7 +157,7 @@ def questions(given: str | None) -> Iterator[str]:
         import readline  # noqa: F401, lines can then be edited and recalled
     prompt = "question: " if sys.stdin.isatty() and sys.stdout.isatty() else ""
     try:
-        while question := input(prompt).strip():
+        while question := utf8(input(prompt)).strip():
             yield question
     except (EOFError, KeyboardInterrupt):
         print(file=sys.stderr)
@@ -193,6 +193,8 @@ def search(args: argparse.Namespace) -> None:
         raise InputError("the question is empty")
     if args.explain and args.question is None:
         raise InputError("--explain ANSWER needs its question on the command line")
+    if args.model == yardstick.DEFAULT_MODEL and not Path(args.model).exists():
+        raise InputError(f"{args.model} does not exist: train it (`python dream.py train`) or pass --model")
     settings = None if args.explain is None else read_run(args.model)
     k = args.k or (settings.candidates if settings else 10)
     corpus = open_corpus(args.corpus)
@@ -207,13 +209,14 @@ def search(args: argparse.Namespace) -> None:
         found = best_documents(find, corpus, question, k)
         summary = explain(args, settings, question, found) if settings else {}
         if args.json:
-            print(json.dumps({"question": question, "hits": found} | summary, ensure_ascii=False), flush=True)
+            answer = {"question": question, "hits": found} | summary
+            print(json.dumps(answer, ensure_ascii=sys.stdout.encoding != "utf-8"), flush=True)
         else:
             show(found, summary, args.full)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0, 2 when the input is wrong, 130 after Ctrl-C in the middle of work."""
+    """The exit status, as `run_command` says."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("search", description=__doc__, formatter_class=raw, allow_abbrev=False)
     add = parser.add_argument
@@ -236,15 +239,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--max-length", type=dream.number(int, 1), metavar="N", help=length)
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
     add("--dtype", default="auto", help="compute dtype: auto, float32, bfloat16, float16 (default: auto)")
-    try:
-        search(parser.parse_args(argv))
-    except KeyboardInterrupt:
-        print("search: interrupted", file=sys.stderr)
-        return 130
-    except InputError as error:
-        print(f"search: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    args = parser.parse_args(argv)
+    return run_command("search", lambda: search(args))
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -49,6 +50,7 @@ from tqdm import tqdm
 import dream
 from data import InputError, check_writable, inside, read_json, write_atomic
 from eval import code_version
+from model import run_command
 from tools import figures
 from tools.export import table
 
@@ -236,7 +238,7 @@ def read_study(path: Path, out: Path | None = None, results: Path | None = None)
     for number, item in enumerate(content.get("figures", [])):
         at = f"{path}: figures[{number}]"
         kind = item.get("kind") if isinstance(item, dict) else None
-        if kind not in FIGURES:
+        if not isinstance(kind, str) or kind not in FIGURES:
             raise InputError(f"{at}: 'kind' must be {', '.join(FIGURES)}, not {kind!r}")
         checked(at, item, {"file": str, "kind": str, "title": str, **FIGURES[kind][0]}, FIGURES[kind][1])
         known_runs(at, item["runs"] if "runs" in item else [item["run"]])
@@ -412,12 +414,15 @@ def read_figures(folder: Path) -> dict:
         steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         datasets: dict[str, dict] = {}
         for kind in ("bm25", "before", "after"):
+            seen: Counter[str] = Counter()
             for result in results[kind]:
+                seen[dataset := result["dataset"]] += 1
+                dataset += f" ({seen[dataset]})" * (seen[dataset] > 1)  # another folder of the same name
                 own = {"queries": result["queries"], MEASURE: result["metrics"][MEASURE]}
                 own["groups"] = {name: g[MEASURE] for name, g in result.get("groups", {}).items()}
                 if kind == "after":
                     own["per_query"] = result[f"{MEASURE}_per_query"]
-                datasets.setdefault(result["dataset"], {})[kind] = own
+                datasets.setdefault(dataset, {})[kind] = own
         trained = [step for step in steps if "time" in step]
         tokens = [step["retriever_tokens"] for step in trained if "retriever_tokens" in step]
         return {
@@ -565,7 +570,7 @@ def markdown(study: Study, results: dict) -> tuple[str, str]:
     name = path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
     first = study.content["runs"][0]["name"]
     parts = [f"# {study.content['title']}", study.content.get("about", "")]
-    parts += [f"```console\n$ python -m tools.study {name}\n```", shown]
+    parts += [f"```console\n$ python -m tools.study {shlex.quote(name)}\n```", shown]
     drawn = [item for item in study.content.get("figures", []) if (study.results / item["file"]).exists()]
     parts += [f"![{item['title']}]({item['file']})" for item in drawn]
     parts += ["## How to read this", LEGEND.format(first=first, flips=FLIPS)]
@@ -685,8 +690,24 @@ def dream_command(arguments: list[str]) -> list[str]:
     return [sys.executable, "dream.py", "train", *arguments]
 
 
+def carry_out(args: argparse.Namespace, command: Command) -> int:
+    """Everything `main` does, InputError not caught; the exit status, 1 when a run failed."""
+    study = read_study(args.study, args.out, args.results)
+    if args.jobs < 1:
+        raise InputError(f"--jobs {args.jobs}: at least 1")
+    if unknown := [name for name in args.only if name not in study.runs]:
+        raise InputError(f"--only: no run is named {unknown[0]!r}; there are {', '.join(study.runs)}")
+    if args.dry_run:
+        show_plan(study, args.only)
+    elif args.tables:
+        print(write_results(study, set()))
+    else:
+        return run_study(study, args.jobs, args.only, command)
+    return 0
+
+
 def main(argv: list[str] | None = None, command: Command = dream_command) -> int:
-    """Exit status: 0, 1 when a run failed, 2 when the input is wrong, 130 when interrupted."""
+    """The exit status, as `run_command` says, and 1 when a run failed."""
     parser = argparse.ArgumentParser(
         prog="study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -700,25 +721,9 @@ def main(argv: list[str] | None = None, command: Command = dream_command) -> int
     add("--dry-run", action="store_true", help="show what would be run, and write nothing")
     args = parser.parse_args(argv)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    told = "interrupted; the same command goes on where it stopped"
     try:
-        study = read_study(args.study, args.out, args.results)
-        if args.jobs < 1:
-            raise InputError(f"--jobs {args.jobs}: at least 1")
-        if unknown := [name for name in args.only if name not in study.runs]:
-            raise InputError(f"--only: no run is named {unknown[0]!r}; there are {', '.join(study.runs)}")
-        if args.dry_run:
-            show_plan(study, args.only)
-            return 0
-        if args.tables:
-            print(write_results(study, set()))
-            return 0
-        return run_study(study, args.jobs, args.only, command)
-    except KeyboardInterrupt:
-        print("study: interrupted; the same command goes on where it stopped", file=sys.stderr)
-        return 130
-    except InputError as error:
-        print(f"study: error: {error}", file=sys.stderr)
-        return 2
+        return run_command("study", lambda: carry_out(args, command), told)
     finally:
         signal.signal(signal.SIGTERM, before)
 
