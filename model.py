@@ -497,9 +497,8 @@ def join_processes() -> tuple[int, int]:
         if torch.cuda.is_available():
             local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
             if local >= gpus:
-                raise InputError(
-                    f"torchrun: one process a GPU, and this machine has {gpus}: --nproc-per-node {gpus}"
-                )
+                told = f"--nproc-per-node {gpus}, or CUDA_VISIBLE_DEVICES= for processes on the CPU"
+                raise InputError(f"torchrun: one process a GPU, and {gpus} are visible; use {told}")
             torch.cuda.set_device(local)
         # Ranks wait for the first while it chooses heads or fetches data: longer than the default allows.
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"

@@ -45,7 +45,7 @@ def launch(processes, script, *arguments, **settings):
     flags = ["--nproc-per-node", str(processes), "--master-port", "0", "--rdzv-backend", "c10d"]
     runner = [sys.executable, "-m", "torch.distributed.run", *flags, "--rdzv-endpoint", "localhost:0"]
     command = [*(alone if processes == 1 else [*runner, str(ROOT / script)]), *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **settings}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **settings}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
