@@ -221,10 +221,13 @@ def poisoned(monkeypatch, bad_steps):
 def test_a_step_that_is_not_finite_is_skipped_and_told(world, tmp_path, monkeypatch, capsys):
     """The weights and the optimizer are as if it had not been."""
     folder, command = world
-    states = []
-    monkeypatch.setattr(
-        dream, "save_checkpoint", lambda out, step, r, judge, o, *rest: states.append(snapshot(r, o))
-    )
+    states, save = [], dream.save_checkpoint
+
+    def saving(out, step, retriever, judge, optimizer, *rest):
+        states.append(snapshot(retriever, optimizer))
+        save(out, step, retriever, judge, optimizer, *rest)
+
+    monkeypatch.setattr(dream, "save_checkpoint", saving)
 
     def snapshot(retriever, optimizer):
         weights = [p.detach().clone() for p in dream.trainable(retriever).values()]
