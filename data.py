@@ -592,7 +592,7 @@ def text_question(text: str, recipe: str, *seed: int) -> tuple[str, str, str] | 
         words = parts[number].split()
         if recipe == "next" and number + 1 < len(parts):
             query, target = parts[number], parts[number + 1]
-            shown = " ".join(parts[:number] + parts[number + 1 :])
+            shown = " ".join(part for part in parts if part != parts[number])
         elif recipe == "rest":
             cut = len(words) - min(max(len(words) // 3, 1), 8)
             query, target, shown = " ".join(words[:cut]), " ".join(words[cut:]), text
@@ -723,6 +723,11 @@ class PromptBuilder:
         if first == len(after):  # byte-level tokens carry the space in front of a word
             self._after_query = after.rstrip(" ")
             self._target_space = after[len(self._after_query) :]
+            # Llama 2's tokenizer puts a space before every text by itself: one is enough.
+            bare, spaced = self._encode(["a", " a"])
+            if bare != spaced and bare and str(tokenizer.id_to_token(bare[0])).startswith("\u2581"):
+                self._target_space = self._target_space[1:]
+        self._block_end = self._encode(["\n\n"])[0]
         self._bos = [bos_id] if bos_id is not None else []
         self._start = self._bos + self._encode([instruction], special=True)[0]
         self._question_ends = self._encode([before[:last], after[first:]], special=True)
@@ -806,7 +811,9 @@ class PromptBuilder:
         input_ids = list(self._start)
         spans = [(0, 0)] * len(blocks)
         for candidate in order:
-            block = blocks[candidate][:limit]
+            block = blocks[candidate]
+            if len(block) > limit:  # what is cut still ends as a block does
+                block = block[: limit - len(self._block_end)] + self._block_end
             spans[candidate] = (len(input_ids), len(input_ids) + len(block))
             input_ids += block
         question_start = len(input_ids)

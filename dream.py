@@ -861,20 +861,26 @@ def refresh_candidates(
 ) -> tuple[CandidatePool, Tensor]:
     """Mine every row's candidates anew, with the retriever as it is, among all documents of the rows.
 
-    Returns the pool and its numbers, (rows, N) int64: the retriever's best, -1 where there are no more.
+    Returns the pool and its numbers, (rows, K) int64: the retriever's best, a few more than are wanted, -1
+    where there are no more.
     """
     pool = CandidatePool(rows, usable)
     queries = {str(place): rows[index].query for place, index in enumerate(usable)}
     dataset = RetrievalDataset("candidates", "", rows.path, queries, {}, documents=pool)
-    found = dense_hits(retriever, dataset, min(args.candidates, len(pool)), quiet=True).indices
+    found = dense_hits(retriever, dataset, min(args.candidates + 4, len(pool)), quiet=True).indices
     return pool, torch.from_numpy(found)
 
 
-def with_candidates(row: Row, pool: CandidatePool, numbers: Tensor) -> Row:
-    """The row with other candidates: the relevant document where it is known, as in `mine`, and the best."""
+def with_candidates(row: Row, pool: CandidatePool, numbers: Tensor, count: int) -> Row:
+    """The row with other candidates: the relevant document where it is known, as in `mine`, and the best.
+
+    Where none of a row's own holds its query, as in rows from text, none of the new ones does.
+    """
     source = [] if row.positive is None else [row.documents[row.positive]]
     found = [pool[number][1] for number in numbers.tolist() if number >= 0]
-    documents = list(dict.fromkeys(source + found))[: len(numbers)]
+    if not any(row.query in document.full_text for document in row.documents):
+        found = [document for document in found if row.query not in document.full_text]
+    documents = list(dict.fromkeys(source + found))[:count]
     return replace(row, documents=documents, positive=0 if source else None)
 
 
@@ -894,8 +900,9 @@ def step_rows(
         epoch, position = divmod(number, len(usable))
         if not chosen or position == 0:
             order = shuffled(len(usable), args.seed, epoch)
-        row = rows[usable[order[position]]]
-        chosen.append(row if mined is None else with_candidates(row, mined[0], mined[1][order[position]]))
+        place = order[position]
+        row = rows[usable[place]]
+        chosen.append(with_candidates(row, mined[0], mined[1][place], args.candidates) if mined else row)
     return chosen
 
 
@@ -1632,7 +1639,8 @@ def report_targets(args: argparse.Namespace, path: Path) -> None:
 def make_builder(args: argparse.Namespace, config: Config, folder: Path) -> PromptBuilder:
     """The judge's prompts, in its own tokens; a BOS where its tokenizer puts one."""
     tokenizer = load_tokenizer(folder, config)
-    bos = config.bos_token_id if tokenizer.encode("a").ids[:1] == [config.bos_token_id] else None
+    with_own, plain = (tokenizer.encode("a", add_special_tokens=own).ids for own in (True, False))
+    bos = with_own[0] if with_own[:1] != plain[:1] else None
     context = min(args.judge_context or 8192, config.context)
     isolate = vars(args).get("isolate_documents", False)  # `mine` has no such flag
     return PromptBuilder(tokenizer, context, args.max_target, args.judge_template, bos, isolate)

@@ -51,6 +51,7 @@ DESCRIPTION_FILES = (
     "sentence_bert_config.json",
     "config_sentence_transformers.json",
     "[0-9]_*/config.json",
+    "[0-9]_*/sentence_bert_config.json",
 )
 WEIGHT_FILES = (
     "model.safetensors",
@@ -90,7 +91,6 @@ class Config:
     o_bias: bool
     mlp_bias: bool
     qk_norm: bool
-    bos_token_id: int | None
     eos_token_id: int | None
     raw: dict = field(default_factory=dict, repr=False, compare=False)
 
@@ -104,7 +104,8 @@ class Config:
 
         def number(key: str, default: float | None = None, kind: type[float] = int, given: dict = raw) -> Any:
             value = given.get(key, default) if given.get(key) is not None else default
-            if isinstance(value, bool) or not isinstance(value, int | kind) or not 0 < value < 1 << 31:
+            largest = 1 << 31 if kind is int else 1e15
+            if isinstance(value, bool) or not isinstance(value, int | kind) or not 0 < value < largest:
                 raise InputError(f"{path}: {key} is {value!r}, expected a positive number")
             return value
 
@@ -114,9 +115,12 @@ class Config:
             raise InputError(f"{path}: the attention is bidirectional, only causal networks are supported")
         if raw.get("hidden_act", "silu") != "silu":
             raise InputError(f"{path}: hidden_act is {raw['hidden_act']!r}, only silu is supported")
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        if not isinstance(rope, dict):
-            raise InputError(f"{path}: rope_parameters is {rope!r}, expected an object")
+        if raw.get("quantization_config"):
+            raise InputError(f"{path}: a quantised checkpoint, which is not supported")
+        own = raw.get("rope_parameters") or {}
+        rope = raw.get("rope_scaling") or own  # in this order, as transformers has it
+        if not isinstance(rope, dict) or not isinstance(own, dict):
+            raise InputError(f"{path}: rope_parameters is {own!r}, rope_scaling {rope!r}, expected objects")
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         if rope_type not in ("default", "llama3"):
             raise InputError(f"{path}: rope_type is {rope_type!r}; supported: default, llama3")
@@ -126,8 +130,9 @@ class Config:
         heads = number("num_attention_heads")
         context = number("max_position_embeddings", 2048)
         # Within the window, sliding-window attention is plain attention: allow no more than that.
-        if raw.get("sliding_window") and raw.get("use_sliding_window", family == "mistral"):
-            context = min(context, number("sliding_window"))
+        window = raw.get("sliding_window", 4096 if family == "mistral" else None)
+        if window and (family == "mistral" or family != "llama" and raw.get("use_sliding_window")):
+            context = min(context, number("sliding_window", 4096))
         eos = raw.get("eos_token_id")
         eos = eos[0] if isinstance(eos, list) and eos else eos
         if eos is not None and (type(eos) is not int or eos < 0):
@@ -144,14 +149,20 @@ class Config:
             head_dim=number("head_dim", number("hidden_size") // heads),
             rms_norm_eps=number("rms_norm_eps", 1e-6, float),
             context=context,
-            rope_theta=float(number("rope_theta", number("rope_theta", 10000.0, float), float, rope)),
+            rope_theta=float(
+                number(
+                    "rope_theta",
+                    number("rope_theta", number("rope_theta", 1e4, float, own), float),
+                    float,
+                    rope,
+                )
+            ),
             rope_scaling=dict(rope) if rope_type == "llama3" else None,
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
             qkv_bias=bias or family == "qwen2",
             o_bias=bias and family != "qwen2",
             mlp_bias=bool(raw.get("mlp_bias", False)),
             qk_norm=family == "qwen3",
-            bos_token_id=raw.get("bos_token_id"),
             eos_token_id=eos,
             raw=raw,
         )
@@ -621,8 +632,13 @@ class Checkpoint:
     """A folder with config.json and safetensors. Every model built from one Checkpoint shares its tensors."""
 
     def __init__(self, folder: str | Path, device: torch.device, dtype: torch.dtype):
-        self.folder = find_folder(folder)
+        self.folder = find_folder(resolve_run(folder) if Path(folder).is_dir() else folder)
         self.device, self.dtype = device, dtype
+        if (self.folder / "adapter_config.json").exists():
+            merge = "python -m tools.export --format merged"
+            raise InputError(
+                f"{self.folder}: holds an adapter, whole weights are needed; merge it first ({merge})"
+            )
         self.config = Config.read(self.folder / "config.json")
         tensors = read_tensors(self.folder, device, dtype)
         if self.config.num_hidden_layers > len(tensors):  # before so many layers are made
@@ -648,6 +664,9 @@ class Checkpoint:
         """The network with its output projection, frozen."""
         tied = self.config.tie_word_embeddings
         head = self.tensors.get("embed_tokens.weight") if tied else self.head
+        if tied and head is not None and self.head is not None and not torch.equal(head, self.head):
+            told = "config.json ties lm_head and embed_tokens, and the weights hold two different ones"
+            raise InputError(f"{self.folder}: {told}; set tie_word_embeddings to false, or drop lm_head")
         if head is None:
             raise InputError(
                 f"{self.folder}: tensor lm_head.weight is missing; a judge needs its output projection"
@@ -758,7 +777,8 @@ class Embedder(nn.Module):
                 raise InputError(
                     "an EOS was asked for, but config.json's eos_token_id is not in the tokenizer"
                 )
-            _add_token(tokenizer, f"$A {token}", token, eos)
+            if tokenizer.encode("a").ids[-1] != eos:  # where the tokenizer does not add it by itself
+                _add_token(tokenizer, f"$A {token}", token, eos)
         tokenizer.enable_truncation(self.max_length)
         self._characters = (self.max_length + 1) * longest_token(tokenizer)  # of which some will be cut
 
@@ -888,7 +908,8 @@ def read_embedding_settings(folder: Path) -> dict:
         if known is not None and (not isinstance(known, int | float) or not known >= 1):
             raise InputError(f"{tokenizer}: model_max_length is {known!r}, expected a positive number")
         default_length = int(min(known or 512, 1 << 20))  # 1e30 there means none
-    settings = read("sentence_bert_config.json")
+    limits = transformer / "sentence_bert_config.json"  # beside the weights, wherever they lie
+    settings = read_json(limits) if limits.exists() else read("sentence_bert_config.json")
     if settings.get("do_lower_case"):
         raise InputError(f"{folder}/sentence_bert_config.json: do_lower_case is not supported")
     max_length = settings.get("max_seq_length") or default_length
@@ -925,22 +946,17 @@ def load_adapter(decoder: Decoder, folder: Path) -> None:
     if config.get("peft_type") != "LORA":
         raise InputError(f"{where}: peft_type is {config.get('peft_type')!r}, only LORA is supported")
     unsupported = (
-        "use_dora",
-        "modules_to_save",
-        "rank_pattern",
-        "alpha_pattern",
-        "layers_to_transform",
-        "lora_bias",
+        "use_dora modules_to_save rank_pattern alpha_pattern layers_to_transform lora_bias exclude_modules "
+        "fan_in_fan_out layer_replication trainable_token_indices alora_invocation_tokens"
     )
-    for key in (
-        *unsupported,
-        "exclude_modules",
-        "fan_in_fan_out",
-        "layer_replication",
-        "trainable_token_indices",
-    ):
+    for key in unsupported.split():
         if config.get(key):
             raise InputError(f"{where}: {key} is set, which is not supported")
+    start = config.get("init_lora_weights", True)
+    if isinstance(start, str) and start.lower() not in ("gaussian", "eva", "orthogonal"):
+        raise InputError(
+            f"{where}: init_lora_weights is {start!r}, which changes the base; convert it to plain LoRA"
+        )
     if config.get("bias", "none") != "none":
         raise InputError(f"{where}: bias is {config['bias']!r}, only none is supported")
     targets = config.get("target_modules")
@@ -1026,9 +1042,10 @@ def save_embedder(embedder: Embedder, folder: Path, base: str = "", modules: boo
     tokenizer = Tokenizer.from_str(embedder.tokenizer.to_str())
     tokenizer.no_truncation()  # max_length is saved below, where other libraries look for it
     tokenizer.save(str(folder / "tokenizer.json"))
-    eos = tokenizer.id_to_token(
-        embedder.decoder.config.eos_token_id or 0
-    )  # as padding, which no real token sees
+    # As padding, which no real token sees. transformers cuts texts where it stands: not an ordinary token.
+    eos = tokenizer.id_to_token(embedder.decoder.config.eos_token_id or 0)
+    special = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
+    eos = eos if eos in special else next(iter(special), eos)
     files = {
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",

@@ -9,6 +9,7 @@ import zipfile
 import pytest
 import torch
 from tiny import byte_tokenizer, make_rows
+from tokenizers import Tokenizer, models, normalizers
 
 from data import (
     Corpus,
@@ -171,7 +172,8 @@ def test_spans_cover_exactly_the_documents_tokens(seed):
         context - (len(prompt.input_ids) - sum(end - start for start, end in prompt.spans)),
     )
     for (start, end), block in zip(prompt.spans, blocks, strict=True):
-        assert prompt.input_ids[start:end] == block[:limit]
+        cut = block[: limit - 2] + block[-2:]  # it ends as all do, with two line ends
+        assert prompt.input_ids[start:end] == (cut if len(block) > limit else block)
     starts = [prompt.spans[i][0] for i in order]
     assert starts == sorted(starts) and prompt.spans[order[-1]][1] == prompt.question_start
     assert prompt.input_ids[0] == bos if bos else prompt.spans[order[0]][0] > 0
@@ -385,3 +387,18 @@ def test_two_processes_may_write_the_same_file(tmp_path, monkeypatch):
         assert path.read_text() == "second"
         first.write(" of two")
     assert path.read_text() == "first of two" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_tokenizer_that_puts_spaces_by_itself_puts_one_before_the_target():
+    """As Llama 2's: a target's first token is its first word, not a bare space."""
+    words = [
+        ("<unk>", 0.0),
+        ("▁Paris", -1.0),
+        *((letter, -2.0) for letter in "▁abcdefghijklmnopqrstuvwxyzP:"),
+    ]
+    tokenizer = Tokenizer(models.Unigram(words, unk_id=0))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    assert tokenizer.encode(" Paris").tokens == ["▁", "▁Paris"]
+    builder = PromptBuilder(tokenizer, 500)
+    (prompt,) = builder.build([Row(0, "abc", "Paris", [Document("", "abc")], 0)])
+    assert [tokenizer.id_to_token(number) for number in prompt.input_ids[prompt.target_start :]] == ["▁Paris"]

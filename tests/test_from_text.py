@@ -37,6 +37,14 @@ def test_next_hides_the_sentence_that_asks():
         assert query not in shown and target in shown and len(sentences(shown)) == 4
 
 
+def test_next_hides_every_copy_of_the_sentence_that_asks():
+    text = "The harbour froze in March. Ships waited for a week. "
+    text += text.split(" S")[0] + " Then rain came down hard."
+    drawn = {text_question(text, "next", seed) for seed in range(40)} - {None}
+    assert any(query.startswith("The harbour") for query, _, _ in drawn)
+    assert all(query not in shown for query, _, shown in drawn)
+
+
 def test_rest_asks_with_the_first_words():
     for seed in range(40):
         query, target, shown = text_question(TEXT, "rest", seed)

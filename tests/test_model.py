@@ -103,6 +103,8 @@ def test_a_judge_needs_its_output_projection(tmp_path):
     [
         ({"model_type": "gpt2"}, "model_type is 'gpt2'; supported"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "rope_type is 'yarn'"),
+        ({"rope_scaling": {"type": "yarn"}, "rope_parameters": {"rope_theta": 5.0}}, "rope_type is 'yarn'"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "a quantised checkpoint"),
         ({"hidden_size": None}, "hidden_size is None"),
         ({"num_hidden_layers": -1}, "num_hidden_layers is -1"),
         ({"num_key_value_heads": 4}, "not a multiple"),
@@ -118,6 +120,10 @@ def test_sliding_windows_limit_the_context_only_where_used(tmp_path):
     assert config_file(tmp_path / "a", sliding_window=64).context == 2048
     assert config_file(tmp_path / "b", sliding_window=64, use_sliding_window=True).context == 64
     assert config_file(tmp_path / "c", model_type="mistral", sliding_window=64).context == 64
+    long = {"model_type": "mistral", "max_position_embeddings": 32768}
+    assert config_file(tmp_path / "d", sliding_window=64, use_sliding_window=False, **long).context == 64
+    assert config_file(tmp_path / "e", **long).context == 4096  # what transformers takes for absent
+    assert config_file(tmp_path / "f", sliding_window=None, **long).context == 32768
 
 
 def test_tokenizer_larger_than_the_embedding_table(tmp_path):
@@ -189,7 +195,16 @@ def test_an_adapter_for_another_base_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     "key, value",
-    [("use_dora", True), ("rank_pattern", {"q_proj": 2}), ("bias", "all"), ("peft_type", "IA3"), ("r", 0)],
+    [
+        ("use_dora", True),
+        ("rank_pattern", {"q_proj": 2}),
+        ("bias", "all"),
+        ("peft_type", "IA3"),
+        ("r", 0),
+        ("init_lora_weights", "pissa_niter_4"),
+        ("init_lora_weights", "olora"),
+        ("alora_invocation_tokens", [1]),
+    ],
 )
 def test_adapters_that_ask_for_more_are_refused(tmp_path, key, value):
     _, embedder = lora_embedder(tmp_path)
@@ -218,6 +233,43 @@ def test_eos_survives_truncation_and_prompts_go_in_front(tmp_path):
     assert short == byte_tokenizer().encode("ab").ids + [256]
     assert len(long) == 10 and long[-1] == 256
     assert embedder.tokenize(["ab"], "query")[0] == byte_tokenizer().encode("Q: ab").ids + [256]
+
+
+def test_an_eos_that_the_tokenizer_adds_is_not_added_twice(tmp_path):
+    tokenizer = byte_tokenizer()
+    template = processors.TemplateProcessing(
+        single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", 256)]
+    )
+    tokenizer.post_processor = template
+    embedder = Embedder(random_lm(config_file(tmp_path)).model, tokenizer, 10, append_eos=True)
+    assert [ids.count(256) for ids in embedder.tokenize(["ab", "x" * 50], "query")] == [1, 1]
+
+
+def test_padding_is_no_ordinary_token(tmp_path):
+    """Without an EOS in config.json, too: transformers cuts texts wherever the padding token stands."""
+    embedder = Embedder(random_lm(config_file(tmp_path, eos_token_id=None)).model, byte_tokenizer(), 10)
+    save_embedder(embedder, tmp_path / "out")
+    saved = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert saved["pad_token"] == "<|endoftext|>"
+
+
+def test_whole_weights_are_wanted_where_an_adapter_lies(tmp_path):
+    _, embedder = lora_embedder(tmp_path)
+    save_embedder(embedder, tmp_path / "run", str(tmp_path / "base"))
+    with pytest.raises(InputError, match="run: holds an adapter, whole weights are needed; merge it first"):
+        Checkpoint(tmp_path / "run", CPU, torch.float32)
+
+
+def test_a_tied_head_that_differs_is_told(tmp_path):
+    folder = tiny_checkpoint(tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, folder / "model.safetensors")
+    Checkpoint(folder, CPU, torch.float32).causal_lm()
+    weights["lm_head.weight"][0, 0] += 1
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(InputError, match="ties lm_head and embed_tokens, and the weights hold two"):
+        Checkpoint(folder, CPU, torch.float32).causal_lm()
 
 
 def test_bos_and_eos_that_the_tokenizer_or_its_config_asks_for(tmp_path):

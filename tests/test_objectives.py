@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -386,15 +387,27 @@ def test_refreshed_candidates_are_the_retrievers_best(tmp_path):
     texts = {d.full_text: d for i in usable for d in rows[i].documents}
     assert len(pool) == len(texts) == 13
     for place, index in enumerate(usable):
-        row = dream.with_candidates(rows[index], pool, numbers[place])
+        row = dream.with_candidates(rows[index], pool, numbers[place], 4)
         query = embed(retriever, rows[index].query, "query").detach()
         scores = {t: float(query @ embed(retriever, t).detach()) for t in texts}
         source = rows[index].documents[0]
         best = [t for t in sorted(texts, key=scores.get, reverse=True) if t != source.full_text]
         assert [d.full_text for d in row.documents] == [source.full_text, *best[:3]] and row.positive == 0
-        unlabelled = dream.with_candidates(dream.replace(rows[index], positive=None), pool, numbers[place])
+        unlabelled = dream.replace(rows[index], positive=None)
+        unlabelled = dream.with_candidates(unlabelled, pool, numbers[place], 4)
         expected = sorted(texts, key=scores.get, reverse=True)[:4]
         assert [d.full_text for d in unlabelled.documents] == expected and unlabelled.positive is None
+
+
+def test_refreshed_candidates_do_not_hold_the_query_where_the_rows_own_do_not(tmp_path):
+    """Rows from text: another row shows the passage that this row's query was taken out of."""
+    whole = Document("", "the bell rings at noon and then the fair opens")
+    rows = [Row(0, "the bell rings at noon", "the fair opens", [Document("", "the fair opens"), whole], 0)]
+    rows.append(Row(1, "what rings?", "the bell", [whole, Document("", "a dog")], 0))
+    for row, expected in ((replace(rows[0], documents=rows[0].documents[:1]), 1), (rows[0], 2)):
+        pool = {0: ("0", whole)}
+        found = dream.with_candidates(row, pool, torch.tensor([0, -1]), 4).documents
+        assert len(found) == expected and (whole in found) == (expected == 2)
 
 
 def test_there_must_be_room_for_candidates_that_come_later(tmp_path, capsys):
