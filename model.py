@@ -527,6 +527,7 @@ def leave_processes(failed: bool = False, status: int = 0) -> int:
     """
     if torch.distributed.is_initialized():
         if failed:
+            sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
         torch.distributed.destroy_process_group()
