@@ -346,3 +346,23 @@ def test_a_huge_text_costs_no_more_than_what_is_kept_of_it(tmp_path, monkeypatch
     embedder.tokenizer = Watched()
     embedder.tokenize(["ab c " * 8_000_000], "query")
     assert max(seen) <= 17 * len("<|endoftext|>")
+
+
+def test_large_rope_bases_are_read(tmp_path):
+    assert config_file(tmp_path, rope_theta=3580165449.0).rope_theta == 3580165449.0
+
+
+def test_limits_are_read_beside_the_weights(tmp_path):
+    """sentence-transformers keeps them in the folder of its first module."""
+    embedder = Embedder(random_lm(config_file(tmp_path)).model, byte_tokenizer(), 10)
+    save_embedder(embedder, tmp_path / "out")
+    inner = tmp_path / "out" / "0_Transformer"
+    inner.mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"):
+        (tmp_path / "out" / name).rename(inner / name)
+    modules = json.loads((tmp_path / "out" / "modules.json").read_text())
+    modules[0]["path"] = "0_Transformer"
+    (tmp_path / "out" / "modules.json").write_text(json.dumps(modules))
+    assert load_embedder(tmp_path / "out", CPU, torch.float32).max_length == 10
+    (inner / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 7}))
+    assert load_embedder(tmp_path / "out", CPU, torch.float32).max_length == 7

@@ -8,12 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_dream import CPU, HEADS, beir_folder, plain_gradients, settings, world, write_rows
-from tiny import make_rows, tiny_checkpoint
+from tiny import byte_tokenizer, make_rows, tiny_checkpoint
+from tokenizers import processors
 
 import dream
 from attention import CrossDocument, isolated_documents
-from data import CandidatePool, Document, InputError, PromptBuilder, Row, Rows, collate
-from model import Cache, add_lora, apply_rope, rope_frequencies
+from data import TEMPLATE, CandidatePool, Document, InputError, PromptBuilder, Row, Rows, collate
+from model import Cache, Config, add_lora, apply_rope, rope_frequencies
 
 
 def step(retriever, builder, rows, args, judge=None, heads=()):
@@ -466,3 +467,28 @@ def test_a_run_whose_settings_name_no_objective_of_ours(tmp_path, capsys):
     (tmp_path / "settings.json").write_text(json.dumps({"objective": "magic"}))
     assert dream.main(["train", "--resume", str(tmp_path)]) == 2
     assert "objective is 'magic', not what the flag gives" in capsys.readouterr().err
+
+
+def test_there_is_a_group_for_every_process(tmp_path):
+    """Revela's groups are as many as tokens pay for, and never fewer than processes where rows suffice."""
+    retriever = world(tmp_path)[1]
+    rows = [replace(row, query="") for row in make_rows([3] * 12)]  # nothing pays for the halves that ask
+    paid = len(dream.revela_groups(retriever, rows, 3))
+    assert paid < 12, paid
+    assert len(dream.revela_groups(retriever, rows, 3, least=12)) == 12
+
+
+def test_the_judges_bos_is_what_its_tokenizer_puts_there(tmp_path):
+    """Whatever config.json calls it."""
+    folder = tiny_checkpoint(tmp_path / "judge", bos_token_id=5)
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens(["<s>"])
+    template = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 257)])
+    args = settings(judge_context=300, max_target=8, judge_template=TEMPLATE)
+    for post_processor, first in ((None, []), (template, [257])):
+        if post_processor:
+            tokenizer.post_processor = post_processor
+        tokenizer.save(str(folder / "tokenizer.json"))
+        builder = dream.make_builder(args, Config.read(folder / "config.json"), folder)
+        input_ids = builder.build(make_rows([2]))[0].input_ids
+        assert [number for number in input_ids if number == 257] == first == input_ids[: len(first)]
