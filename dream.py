@@ -1163,7 +1163,9 @@ def write_before(args: argparse.Namespace, retriever: Embedder, tests: list[Retr
 def check_tests(out: Path, tests: list[RetrievalDataset]) -> None:
     """A resumed run is scored on what it was scored on before it began. Raises InputError."""
     before = read_json(out / "results.json").get("before")
-    scored = [result.get("dataset") for result in before] if isinstance(before, list) else None
+    if not isinstance(before, list):
+        raise InputError(f"{out / 'results.json'}: 'before' is missing or no list")
+    scored = [result.get("dataset") for result in before if isinstance(result, dict)]
     if scored != [dataset.name for dataset in tests]:
         raise InputError(f"--test: {out} was begun with {scored}; keep to that, and use eval.py for others")
 

@@ -127,6 +127,9 @@ class Config:
         if rope_type == "llama3":
             for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
                 number(key, kind=float, given=rope)
+        theta = 1e4
+        for given in (own, raw, rope):  # the last that names one decides
+            theta = number("rope_theta", theta, float, given)
         heads = number("num_attention_heads")
         context = number("max_position_embeddings", 2048)
         # Within the window, sliding-window attention is plain attention: allow no more than that.
@@ -149,14 +152,7 @@ class Config:
             head_dim=number("head_dim", number("hidden_size") // heads),
             rms_norm_eps=number("rms_norm_eps", 1e-6, float),
             context=context,
-            rope_theta=float(
-                number(
-                    "rope_theta",
-                    number("rope_theta", number("rope_theta", 1e4, float, own), float),
-                    float,
-                    rope,
-                )
-            ),
+            rope_theta=float(theta),
             rope_scaling=dict(rope) if rope_type == "llama3" else None,
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
             qkv_bias=bias or family == "qwen2",

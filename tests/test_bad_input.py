@@ -997,6 +997,13 @@ BAD = [
         "retriever",
     ),
     bad("resume: an empty object for settings", put("run/settings.json", {}), RESUME, "--judge"),
+    bad("resume: results of another shape", put("run/results.json", {"before": 5}), RESUME, "'before' is"),
+    bad(
+        "resume: results of numbers",
+        put("run/results.json", {"before": [5, {"dataset": "x"}]}),
+        RESUME,
+        "['x']",
+    ),
     bad("resume: heads missing", remove("run/heads.json"), RESUME, "heads.json: no such file"),
     bad("resume: heads without a selection", put("run/heads.json", {}), RESUME, "heads.json", "selected"),
     bad(
