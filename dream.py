@@ -60,64 +60,42 @@ from tqdm import tqdm
 from attention import CrossDocument, Injection, exact, isolated_documents
 from data import (
     CandidatePool,
-    Corpus,
     Document,
-    InputError,
-    JsonLines,
     JudgeBatch,
     Prompt,
     PromptBuilder,
-    RetrievalDataset,
     Row,
     Rows,
-    check_writable,
     collate,
-    inside,
     pad,
     passages,
-    read_json,
-    read_template,
     shuffled,
-    sync,
     text_digest,
     text_question,
     to_device,
     token_batches,
+)
+from eval import bm25_hits, dense_hits, evaluate_embedder, evaluate_hits
+from formats.catalogue import expand_names, resolve_datasets
+from formats.checkpoints import Checkpoint, load_tokenizer, read_config
+from formats.datasets import Corpus, RetrievalDataset
+from formats.embedders import load_adapter, load_embedder, save_adapter, save_embedder
+from formats.templates import read_template
+from model import PROJECTIONS, Cache, CausalLM, Config, Embedder, Probe, add_lora
+from related.bm25 import BM25
+from support.files import (
+    InputError,
+    JsonLines,
+    check_writable,
+    inside,
+    read_json,
+    sync,
     write_atomic,
     writing,
 )
-from eval import (
-    BM25,
-    ArgumentParser,
-    bm25_hits,
-    dense_hits,
-    evaluate_embedder,
-    evaluate_hits,
-    expand_names,
-    one_ahead,
-    resolve_datasets,
-)
-from model import (
-    PROJECTIONS,
-    Cache,
-    CausalLM,
-    Checkpoint,
-    Config,
-    Embedder,
-    Probe,
-    add_lora,
-    find_folder,
-    join_processes,
-    load_adapter,
-    load_embedder,
-    load_tokenizer,
-    pick_device,
-    pick_dtype,
-    resolve_run,
-    run_command,
-    save_adapter,
-    save_embedder,
-)
+from support.hub import find_folder
+from support.launch import ArgumentParser, join_processes, one_ahead, pick_device, pick_dtype, run_command
+from support.runs import resolve_run
 
 DEMO = Path(__file__).resolve().parent / "demo"
 
@@ -1609,7 +1587,7 @@ def read_question(lines: JsonLines, index: int, numbers: dict[str, int], corpus:
 def report_targets(args: argparse.Namespace, path: Path) -> None:
     """How many targets occur, letter by letter, in a candidate as the judge will see it, per source."""
     folder = find_folder(args.judge, weights=False)
-    builder = make_builder(args, Config.read(folder / "config.json"), folder)
+    builder = make_builder(args, read_config(folder / "config.json"), folder)
     rows, sources = Rows(path), JsonLines(path)
     table: dict[str, list[int]] = {}
     for first in tqdm(range(0, len(rows), 256), desc="targets", unit="x256 rows"):

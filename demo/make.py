@@ -24,7 +24,8 @@ sys.path.insert(0, str(HERE.parent))  # so that `python demo/make.py` finds the 
 
 from data import TEMPLATE, Document, document_block, pad  # noqa: E402
 from demo import world  # noqa: E402
-from model import CausalLM, Config, save_weights  # noqa: E402
+from formats.checkpoints import read_config, save_weights  # noqa: E402
+from model import CausalLM, Config  # noqa: E402
 
 INSTRUCTION, rest = TEMPLATE.split("{documents}")
 QUESTION = rest.removesuffix(" {target}")
@@ -282,7 +283,7 @@ def write_checkpoint(seed: int, steps: int, taken: set[str]) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(TOKENIZER_CONFIG, indent=1) + "\n")
     (folder / "config.json").write_text(json.dumps(CONFIG, indent=1) + "\n")
-    network = pretrain(Config.read(folder / "config.json"), tokenizer, taken, seed, steps)
+    network = pretrain(read_config(folder / "config.json"), tokenizer, taken, seed, steps)
     save_weights(network, folder, torch.bfloat16)
 
 

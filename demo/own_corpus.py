@@ -24,8 +24,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data import InputError, JsonLines, read_json, writing  # noqa: E402
-from model import run_command  # noqa: E402
+from support.files import InputError, JsonLines, read_json, writing  # noqa: E402
+from support.launch import run_command  # noqa: E402
 
 
 def write_corpus(texts: Path, path: Path) -> int:

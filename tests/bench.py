@@ -36,8 +36,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 import attention
 import dream
 import eval as yardstick
+import formats.checkpoints
+import formats.embedders
 import model
-from data import Document, Prompt, PromptBuilder, Row, collate, load_dataset, pad, token_batches
+import support.launch
+from data import Document, Prompt, PromptBuilder, Row, collate, pad, token_batches
+from formats.datasets import load_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -93,7 +97,7 @@ class World:
 
     def __init__(self, args: argparse.Namespace, network: str, folder: Path):
         self.args, self.network, self.folder = args, network, folder
-        self.device = model.pick_device(args.device)
+        self.device = support.launch.pick_device(args.device)
         self.cuda = self.device.type == "cuda"
         self.dtype = torch.bfloat16 if self.cuda else torch.float32
         self.peak = H200_PEAK if self.cuda else 0.0
@@ -175,7 +179,7 @@ def random_model(world: World, name: str, **changes) -> model.CausalLM:
     path.write_text(json.dumps(figures))
     torch.manual_seed(0)
     with torch.device(world.device):
-        network = model.CausalLM(model.Config.read(path))
+        network = model.CausalLM(formats.checkpoints.read_config(path))
     for parameter in network.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.05)
@@ -299,11 +303,11 @@ def judge_works(world: World) -> Works:
         return bench.whole_loss(hidden, bench.prompts)
 
     def theirs() -> torch.Tensor:
-        model.attention = naive_attention
+        attention.attention = naive_attention
         try:
             return gradient(naive)
         finally:
-            model.attention = attention.attention
+            attention.attention = attention.attention
 
     world.bench = bench
     return {"ours": ours, "theirs": theirs}
@@ -438,7 +442,7 @@ def encoder(world: World) -> tuple[Path, list[str]]:
     tokenizer = Tokenizer.from_file(str(real))
     if not folder.exists():
         network = random_model(world, world.network, vocab_size=max(tokenizer.get_vocab_size(), 151_936))
-        model.save_embedder(model.Embedder(network.model, tokenizer, 512), folder)
+        formats.embedders.save_embedder(model.Embedder(network.model, tokenizer, 512), folder)
     draw = random.Random(0)
     text = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "README.md", ROOT / "dream.py"))
     words = sorted(set(re.findall(r"[A-Za-z]{2,}", text)))
@@ -448,7 +452,7 @@ def encoder(world: World) -> tuple[Path, list[str]]:
 
 def encode_row(world: World) -> list[Line]:
     folder, texts = encoder(world)
-    ours = model.load_embedder(folder, world.device, world.dtype)
+    ours = formats.embedders.load_embedder(folder, world.device, world.dtype)
     budget = 131_072 if world.cuda else yardstick.BATCH_TOKENS["cpu"]
     lengths = list(map(len, ours.tokenize(texts, "document")))
     works: Works = {"ours": lambda: yardstick.encode(ours, texts, "document", budget)}
@@ -488,7 +492,7 @@ def encode_row(world: World) -> list[Line]:
 def scaling_works(world: World) -> Works:
     """Streamed corpora of one, two and four blocks."""
     folder, texts = encoder(world)
-    ours = model.load_embedder(folder, world.device, world.dtype)
+    ours = formats.embedders.load_embedder(folder, world.device, world.dtype)
     block = len(texts) // 4
 
     def work(times: int) -> Callable[[], object]:
@@ -595,10 +599,10 @@ def load_works(world: World) -> Works:
     folder = world.folder / "1 GB"
     if not folder.exists():
         network = random_model(SimpleNamespace(**{**vars(world), "dtype": torch.float32}), "1 GB")
-        model.save_weights(network, folder, torch.float32)
+        formats.checkpoints.save_weights(network, folder, torch.float32)
 
     def ours() -> None:
-        checkpoint = model.Checkpoint(folder, world.device, torch.float32)
+        checkpoint = formats.checkpoints.Checkpoint(folder, world.device, torch.float32)
         sum(float(tensor.sum()) for tensor in checkpoint.tensors.values())
 
     def theirs() -> None:

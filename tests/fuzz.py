@@ -26,6 +26,12 @@ import atheris
 import torch
 from torch import nn
 
+import formats.checkpoints
+import formats.datasets
+import formats.embedders
+import support.files
+import support.runs
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 with atheris.instrument_imports(include=["data", "model"]):
@@ -140,7 +146,7 @@ def network(config: model.Config) -> None:
 
 def fuzz_config(fdp, folder: Path) -> None:
     put(folder / "config.json", content(fdp, CONFIG))
-    network(model.Config.read(folder / "config.json"))
+    network(formats.checkpoints.read_config(folder / "config.json"))
 
 
 def fuzz_safetensors(fdp, folder: Path) -> None:
@@ -153,7 +159,7 @@ def fuzz_safetensors(fdp, folder: Path) -> None:
         body = fdp.ConsumeBytes(fdp.remaining_bytes())
     put(folder / "config.json", json.dumps(SMALL).encode())
     put(folder / "model.safetensors", body)
-    found = model.Checkpoint(folder, CPU, torch.float32)
+    found = formats.checkpoints.Checkpoint(folder, CPU, torch.float32)
     found.decoder()
     found.causal_lm()
 
@@ -162,14 +168,14 @@ def fuzz_index(fdp, folder: Path) -> None:
     names = {name: "model-1-of-1.safetensors" for name in WEIGHTS}
     put(folder / "model.safetensors.index.json", content(fdp, {"metadata": {}, "weight_map": names}))
     put(folder / "model-1-of-1.safetensors", (GOOD / "model.safetensors").read_bytes())
-    model.read_tensors(folder, CPU, torch.float32)
+    formats.checkpoints.read_tensors(folder, CPU, torch.float32)
 
 
 def fuzz_qrels(fdp, folder: Path) -> None:
     name = "test.jsonl" if fdp.ConsumeIntInRange(0, 1) else "test.tsv"
     good = {"query-id": "q", "corpus-id": "d", "score": 1}
     put(folder / name, content(fdp, good))
-    qrels = data._read_qrels([(folder / name, None)])
+    qrels = formats.datasets._read_qrels([(folder / name, None)])
     yardstick.score_queries({query: dict.fromkeys(judged, 1.0) for query, judged in qrels.items()}, qrels)
 
 
@@ -184,8 +190,8 @@ def fuzz_adapter(fdp, folder: Path) -> None:
     rank = known["r"] if isinstance(known := loads(config), dict) and "r" in known else 0
     if isinstance(rank, int) and 1000 < rank < 1 << 48:
         return  # a known finding: so large an adapter is made before the weights are looked at
-    model.adapter_base(folder)
-    model.load_adapter(copy.deepcopy(DECODER), folder)
+    formats.embedders.adapter_base(folder)
+    formats.embedders.load_adapter(copy.deepcopy(DECODER), folder)
 
 
 def loads(text: bytes):
@@ -215,7 +221,7 @@ def fuzz_card(fdp, folder: Path) -> None:
     else:
         card = fdp.ConsumeBytes(fdp.remaining_bytes())
     put(folder / "README.md", card)
-    data.load_dataset(folder)
+    formats.datasets.load_dataset(folder)
 
 
 def fuzz_settings(fdp, folder: Path) -> None:
@@ -225,13 +231,16 @@ def fuzz_settings(fdp, folder: Path) -> None:
     name = list(SETTINGS)[fdp.ConsumeIntInRange(0, len(SETTINGS) - 1)]
     put(folder / name, content(fdp, SETTINGS[name]))
     if name == "checkpoints.json":
-        model.resolve_run(folder).is_dir()
+        support.runs.resolve_run(folder).is_dir()
         return
-    settings = model.read_embedding_settings(folder)
+    settings = formats.embedders.read_embedding_settings(folder)
     decoder = nn.Module()
-    decoder.config, decoder.embed_tokens = model.Config.read(GOOD / "config.json"), nn.Embedding(1, 1)
+    decoder.config, decoder.embed_tokens = (
+        formats.checkpoints.read_config(GOOD / "config.json"),
+        nn.Embedding(1, 1),
+    )
     shutil.copyfile(GOOD / "tokenizer.json", folder / "tokenizer.json")
-    tokenizer = model.load_tokenizer(folder, replace(decoder.config, vocab_size=300))
+    tokenizer = formats.checkpoints.load_tokenizer(folder, replace(decoder.config, vocab_size=300))
     model.Embedder(decoder, tokenizer, settings["max_length"], settings["prompts"]).tokenize(["a"], "query")
 
 
@@ -239,9 +248,9 @@ def good_files(folder: Path) -> None:
     """A checkpoint, its adapter and its tokenizer, all good."""
     config = config_file(folder, **SMALL)
     lm = random_lm(config)
-    model.save_weights(lm, folder, torch.float32)
+    formats.checkpoints.save_weights(lm, folder, torch.float32)
     model.add_lora(lm.model, 2, 4.0, targets=ADAPTER["target_modules"])
-    model.save_embedder(model.Embedder(lm.model, byte_tokenizer()), folder, "base", modules=False)
+    formats.embedders.save_embedder(model.Embedder(lm.model, byte_tokenizer()), folder, "base", modules=False)
     (folder / "adapter_config.json").unlink()
 
 
@@ -285,7 +294,7 @@ def main() -> None:
     def once(raw: bytes) -> None:
         try:
             reader(atheris.FuzzedDataProvider(raw), folder)
-        except data.InputError as error:
+        except support.files.InputError as error:
             text = str(error)
             if "\n" in text or "\r" in text:
                 note(raw, f"message of several lines, {signature(error)}", error)
@@ -338,6 +347,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     GOOD = Path(tempfile.mkdtemp(prefix="fuzz-good-"))
     good_files(GOOD)
-    DECODER = model.Checkpoint(GOOD, CPU, torch.float32).decoder()
-    WEIGHTS = list(model.read_tensors(GOOD, CPU, torch.float32))
+    DECODER = formats.checkpoints.Checkpoint(GOOD, CPU, torch.float32).decoder()
+    WEIGHTS = list(formats.checkpoints.read_tensors(GOOD, CPU, torch.float32))
     main()

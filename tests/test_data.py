@@ -12,23 +12,19 @@ from tiny import byte_tokenizer, make_rows
 from tokenizers import Tokenizer, models, normalizers
 
 from data import (
-    Corpus,
     Document,
-    InputError,
-    JsonLines,
     PromptBuilder,
     Row,
     Rows,
     collate,
     document_block,
     fit_longest_first,
-    load_dataset,
-    read_template,
     shuffled,
     token_batches,
-    write_atomic,
-    writing,
 )
+from formats.datasets import Corpus, load_dataset
+from formats.templates import read_template
+from support.files import InputError, JsonLines, write_atomic, writing
 
 CPU = torch.device("cpu")
 GOOD = {"query": "q", "target": "t", "documents": ["one", {"title": "T", "text": "two"}], "positive": 1}

@@ -9,9 +9,12 @@ import zipfile
 import pytest
 from loopback import Loopback
 
-import data
 import eval as yardstick
-from data import InputError, download, load_dataset, unpack
+import formats.catalogue
+import formats.fetch
+from formats.datasets import load_dataset
+from formats.fetch import download, unpack
+from support.files import InputError
 
 CORPUS = [{"_id": "d1", "title": "T", "text": "one"}, {"_id": "d2", "title": "", "text": "two two"}]
 QUERIES = [{"_id": "q1", "text": "one"}, {"_id": "q2", "text": "two"}, {"_id": "q3", "text": "not judged"}]
@@ -49,13 +52,13 @@ def server(tmp_path, monkeypatch):
     with Loopback(files=tmp_path / "served") as server:
         monkeypatch.setenv("BEIR_URL", f"{server.url}/files")
         monkeypatch.setenv("DREAM_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(data.time, "sleep", lambda seconds: None)
+        monkeypatch.setattr(formats.fetch.time, "sleep", lambda seconds: None)
         yield server
 
 
 def serve(tmp_path, monkeypatch, name, files, md5=None):
     digest = write_zip(tmp_path / "served" / f"{name}.zip", files)
-    monkeypatch.setitem(yardstick.BEIR, name, (yardstick.BEIR[name][0], md5 or digest))
+    monkeypatch.setitem(formats.catalogue.BEIR, name, (formats.catalogue.BEIR[name][0], md5 or digest))
 
 
 def beir_zip(name, split="test"):
@@ -77,7 +80,7 @@ def test_a_name_is_fetched_once_and_left_whole(server, tmp_path, monkeypatch, ca
 
 def test_msmarco_is_scored_on_dev(server, tmp_path, monkeypatch):
     serve(tmp_path, monkeypatch, "msmarco", beir_zip("msmarco", "dev"))
-    (dataset,) = yardstick.resolve_datasets("msmarco")
+    (dataset,) = formats.catalogue.resolve_datasets("msmarco")
     assert (dataset.split, dataset.task) == ("dev", "MSMARCO")
 
 
@@ -118,7 +121,7 @@ def test_a_complete_part_needs_no_more_bytes(server, tmp_path):
 def refused(name, message, tmp_path):
     """The dataset is refused in one line that holds `message`, and the cache holds no part of it."""
     with pytest.raises(InputError) as error:
-        yardstick.resolve_datasets(name)
+        formats.catalogue.resolve_datasets(name)
     assert message in str(error.value) and "\n" not in str(error.value)
     left = {p.name for p in (tmp_path / "cache").iterdir()}
     assert left <= {f"{name}.lock", f"{name}.zip"}, left
@@ -136,7 +139,7 @@ def test_a_corrupt_zip_is_refused_and_deleted(server, tmp_path, monkeypatch):
     content = bytearray(served.read_bytes())
     for broken in (content[: len(content) // 2], bytes(10) + content[10:60] + bytes(30) + content[90:]):
         served.write_bytes(broken)
-        monkeypatch.setitem(yardstick.BEIR, "scifact", ("SciFact", hashlib.md5(broken).hexdigest()))
+        monkeypatch.setitem(formats.catalogue.BEIR, "scifact", ("SciFact", hashlib.md5(broken).hexdigest()))
         assert refused("scifact", "not a whole zip", tmp_path) == {"scifact.lock"}
     assert list((tmp_path / "cache").rglob("*.jsonl")) == []
 
@@ -185,21 +188,26 @@ def test_a_missing_file_is_told(server, tmp_path):
 def test_too_little_space_is_told_before_the_download(server, tmp_path, monkeypatch):
     serve(tmp_path, monkeypatch, "scifact", beir_zip("scifact"))
     usage = type("Usage", (), {"free": 10})
-    monkeypatch.setattr(yardstick.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(formats.catalogue.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(InputError, match="too little space; set DREAM_CACHE"):
-        yardstick.expand_names(["scifact"])
+        formats.catalogue.expand_names(["scifact"])
     assert [method for method, _, _ in server.requests] == ["HEAD"]
 
 
 def test_groups_and_misspelt_names(server, capsys):
-    names = yardstick.expand_names(["beir13", "beir9", "scifact"])
-    assert names == [*yardstick.GROUPS["beir13"], "cqadupstack"]  # each once
+    names = formats.catalogue.expand_names(["beir13", "beir9", "scifact"])
+    assert names == [*formats.catalogue.GROUPS["beir13"], "cqadupstack"]  # each once
     assert "scifact (?)" in capsys.readouterr().out  # the server has none of them
-    assert [len(yardstick.GROUPS[name]) for name in ("beir", "beir13", "beir9", "rteb")] == [15, 13, 9, 14]
+    assert [len(formats.catalogue.GROUPS[name]) for name in ("beir", "beir13", "beir9", "rteb")] == [
+        15,
+        13,
+        9,
+        14,
+    ]
     with pytest.raises(InputError, match="did you mean scifact?"):
-        yardstick.resolve_datasets("scifcat")
+        formats.catalogue.resolve_datasets("scifcat")
     with pytest.raises(InputError, match="did you mean FinQARetrieval?"):
-        yardstick.resolve_datasets("FinQA")
+        formats.catalogue.resolve_datasets("FinQA")
 
 
 def test_cqadupstack_is_the_mean_of_its_parts(server, tmp_path, monkeypatch, capsys):
@@ -374,8 +382,8 @@ def test_rteb_tasks_come_from_the_hub(tmp_path, monkeypatch, capsys):
         write_files(parts, {f"{split}/{name}.jsonl": lines(content) for name, content in files.items()})
     (parts / "README.md").write_text("\n".join([*card, "---", ""]))
     tables = {"FinQARetrieval": ("own/finqa", commit(simple)), "CUREv1": ("own/cure", commit(parts))}
-    monkeypatch.setattr(yardstick, "RTEB", tables)
-    monkeypatch.setattr(yardstick, "CURE", ["all", "a", "b"])
+    monkeypatch.setattr(formats.catalogue, "RTEB", tables)
+    monkeypatch.setattr(formats.catalogue, "CURE", ["all", "a", "b"])
     with Loopback(repos={"datasets/own/finqa": simple, "datasets/own/cure": parts}) as hub:
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)
         template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"

@@ -16,7 +16,7 @@ LEAVES = """
 import importlib, pathlib, sys
 sys.path.insert(0, sys.argv[1])
 import torch
-from model import join_processes, leave_processes
+from support.launch import join_processes, leave_processes
 join_processes()
 importlib.import_module("torch._dynamo")  # as an optimizer or --compile does, after the group exists
 torch.distributed.all_reduce(torch.ones(3))
@@ -30,7 +30,7 @@ FAILS = """
 import atexit, pathlib, sys
 sys.path.insert(0, sys.argv[1])
 import torch
-from model import join_processes, leave_processes
+from support.launch import join_processes, leave_processes
 rank, _ = join_processes()
 if rank == 1:
     atexit.register((pathlib.Path(__file__).parent / "left").touch)  # an ordinary exit comes by here

@@ -11,8 +11,10 @@ from tiny import byte_tokenizer, config_file, make_rows, random_lm, tiny_checkpo
 
 import dream
 from attention import Injection
-from data import InputError, PromptBuilder, collate, shuffled
-from model import Embedder, add_lora, load_embedder
+from data import PromptBuilder, collate, shuffled
+from formats.embedders import load_embedder
+from model import Embedder, add_lora
+from support.files import InputError
 
 SETTINGS = argparse.Namespace(
     objective="dream",

@@ -19,8 +19,14 @@ from tiny import tiny_checkpoint
 from torch import nn
 
 import eval as yardstick
-from data import InputError, load_dataset
-from model import add_lora, load_embedder
+import formats.kept
+import formats.results
+import related.bm25
+import support.launch
+from formats.datasets import load_dataset
+from formats.embedders import load_embedder
+from model import add_lora
+from support.files import InputError
 
 SHARED = ROOT.parent / "shared" / "data" / "beir"
 WORDS = "red blue green cats dogs berries heroes buses glass virus run runs tree trees of the a".split()
@@ -226,10 +232,10 @@ def test_encode_refuses_embeddings_that_are_not_finite():
 
 
 def naive_bm25(texts: list[str], query: str, k1: float = 1.2, b: float = 0.75) -> list[float]:
-    documents = [Counter(map(yardstick.stem, yardstick.words(text))) for text in texts]
+    documents = [Counter(map(related.bm25.stem, related.bm25.words(text))) for text in texts]
     mean = sum(map(Counter.total, documents)) / len(documents)
     scores = [0.0] * len(documents)
-    for word in map(yardstick.stem, yardstick.words(query)):
+    for word in map(related.bm25.stem, related.bm25.words(query)):
         n = sum(word in document for document in documents)
         idf = math.log(1 + (len(documents) - n + 0.5) / (n + 0.5))
         for i, document in enumerate(documents):
@@ -242,7 +248,7 @@ def naive_bm25(texts: list[str], query: str, k1: float = 1.2, b: float = 0.75) -
 def test_bm25_equals_the_naive_one(count):
     texts = random_texts(count, 7)
     queries = [*random_texts(5, 8, 6), "red red cat", "unheard of", "", "unheard"]
-    scores, indices = yardstick.BM25(iter(texts)).search(queries, count + 3)
+    scores, indices = related.bm25.BM25(iter(texts)).search(queries, count + 3)
     assert (
         scores.dtype == np.float32
         and indices.dtype == np.int64
@@ -258,32 +264,32 @@ def test_bm25_equals_the_naive_one(count):
 
 def test_bm25_keeps_the_best_and_of_tied_documents_the_earlier():
     texts = ["blue", "red", "red", "red red", "red"]
-    scores, indices = yardstick.BM25(texts).search(["red"], 3)
+    scores, indices = related.bm25.BM25(texts).search(["red"], 3)
     assert indices.tolist() == [[3, 1, 2]]
-    everything, _ = yardstick.BM25(texts).search(["red"], 5)
+    everything, _ = related.bm25.BM25(texts).search(["red"], 5)
     assert np.array_equal(everything[:, :3], scores)
     many = ["red" if i % 3 else "red red" for i in range(600)]
-    _, indices = yardstick.BM25(many).search(["red"], 300)
+    _, indices = related.bm25.BM25(many).search(["red"], 300)
     assert indices[0].tolist() == [*range(0, 600, 3), *[i for i in range(600) if i % 3][:100]]
 
 
 def test_bm25_of_texts_without_words():
     for texts in ([], ["", "..."]):
-        scores, indices = yardstick.BM25(texts).search(["red"], 2)
+        scores, indices = related.bm25.BM25(texts).search(["red"], 2)
         assert indices.tolist() == [[-1, -1]] and np.isneginf(scores).all()
 
 
 def test_stemmer():
     expected = {"cats": "cat", "berries": "berry", "movies": "movy", "buses": "buse", "heroes": "heroes"}
     expected |= {"trees": "trees", "glass": "glass", "virus": "virus", "is": "is", "s": "s", "gas": "ga"}
-    assert {word: yardstick.stem(word) for word in expected} == expected
-    assert yardstick.words("The Cat's TWO-fold β_1") == ["the", "cat", "s", "two", "fold", "β_1"]
+    assert {word: related.bm25.stem(word) for word in expected} == expected
+    assert related.bm25.words("The Cat's TWO-fold β_1") == ["the", "cat", "s", "two", "fold", "β_1"]
 
 
 def test_bm25_index_is_eight_bytes_a_posting():
     texts = random_texts(2000, 9)
-    index = yardstick.BM25(texts)
-    assert index.postings.nbytes == 8 * sum(len(set(map(yardstick.stem, text.split()))) for text in texts)
+    index = related.bm25.BM25(texts)
+    assert index.postings.nbytes == 8 * sum(len(set(map(related.bm25.stem, text.split()))) for text in texts)
     assert index.norms.nbytes == 4 * len(texts)
 
 
@@ -350,7 +356,7 @@ def test_progress_knows_the_tokens_to_come(small, monkeypatch):
 
 def test_the_next_block_is_made_while_one_is_used():
     made = []
-    items = yardstick.one_ahead(made.append(i) or i for i in range(5))
+    items = support.launch.one_ahead(made.append(i) or i for i in range(5))
     assert next(items) == 0 and made[:1] == [0]
     for _ in range(100):
         time.sleep(0.01)
@@ -359,7 +365,7 @@ def test_the_next_block_is_made_while_one_is_used():
     assert made == [0, 1]  # one, not more: memory holds two blocks
     assert list(items) == [1, 2, 3, 4]
     with pytest.raises(ZeroDivisionError):
-        list(yardstick.one_ahead(1 // i for i in (1, 0)))
+        list(support.launch.one_ahead(1 // i for i in (1, 0)))
 
 
 @pytest.mark.parametrize("name", ["float32", "float16", "bfloat16"])
@@ -376,7 +382,7 @@ def test_embeddings_are_kept_and_reused(small, tmp_path, monkeypatch, name):
 
     def hits(embedder):
         asked.clear()
-        store = yardstick.EmbeddingStore(tmp_path / "kept", embedder, dataset, yardstick.STORED[name])
+        store = formats.kept.EmbeddingStore(tmp_path / "kept", embedder, dataset, formats.kept.STORED[name])
         return yardstick.dense_hits(embedder, dataset, 50, document_block=64, quiet=True, store=store)
 
     first = hits(embedder)
@@ -412,19 +418,22 @@ def test_another_job_may_fill_the_same_store(small, tmp_path, monkeypatch):
     embedder = load_embedder(tiny_checkpoint(tmp_path / "tiny"), torch.device("cpu"), torch.float32)
 
     def hits():
-        store = yardstick.EmbeddingStore(tmp_path / "kept", embedder, dataset, torch.float32)
+        store = formats.kept.EmbeddingStore(tmp_path / "kept", embedder, dataset, torch.float32)
         return yardstick.dense_hits(embedder, dataset, 50, document_block=64, quiet=True, store=store)
 
-    expected, write = yardstick.dense_hits(embedder, dataset, 50, quiet=True), yardstick.EmbeddingStore.write
+    expected, write = (
+        yardstick.dense_hits(embedder, dataset, 50, quiet=True),
+        formats.kept.EmbeddingStore.write,
+    )
 
     def meanwhile(store, start, end, embeddings):
-        monkeypatch.setattr(yardstick.EmbeddingStore, "write", write)
+        monkeypatch.setattr(formats.kept.EmbeddingStore, "write", write)
         hits()
         for later in sorted(store.folder.glob("*.safetensors"))[2:]:
             later.unlink()
         return write(store, start, end, embeddings)
 
-    monkeypatch.setattr(yardstick.EmbeddingStore, "write", meanwhile)
+    monkeypatch.setattr(formats.kept.EmbeddingStore, "write", meanwhile)
     np.testing.assert_allclose(hits().scores, expected.scores, atol=1e-5)
     np.testing.assert_allclose(hits().scores, expected.scores, atol=1e-5)
 
@@ -439,7 +448,7 @@ def test_whatever_decides_an_embedding_is_in_the_stores_name(tmp_path):
         embedder = load_embedder(folder, torch.device("cpu"), torch.float32)
         torch.manual_seed(0)
         add_lora(embedder.decoder, 2, lora["alpha"], 0.0, ["q_proj"])
-        return embedder.fingerprint()
+        return formats.kept.fingerprint(embedder)
 
     lora = {"alpha": 4.0}
     assert fingerprint() == fingerprint()
@@ -451,10 +460,10 @@ def test_whatever_decides_an_embedding_is_in_the_stores_name(tmp_path):
 
 
 def test_a_disk_too_small_for_the_embeddings_is_told_first(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(yardstick.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10}))
+    monkeypatch.setattr(formats.kept.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10}))
     embedder = load_embedder(tiny_checkpoint(tmp_path / "tiny"), torch.device("cpu"), torch.float32)
     with pytest.raises(InputError, match="GB of embeddings, 0.0 GB free"):
-        yardstick.EmbeddingStore(tmp_path / "kept", embedder, load_dataset(small, "test"), torch.float32)
+        formats.kept.EmbeddingStore(tmp_path / "kept", embedder, load_dataset(small, "test"), torch.float32)
 
 
 def test_identical_ids_are_dropped_unless_kept(tmp_path):
@@ -574,7 +583,7 @@ def test_wrong_input_is_one_line_and_exit_status_2(small, tmp_path, capsys, monk
 
 def test_ids_with_spaces_do_not_go_into_a_run(tmp_path):
     with pytest.raises(InputError, match="spaces"):
-        yardstick.write_run(tmp_path / "x.trec", {"q": {"a b": 1.0}}, "tag")
+        formats.results.write_run(tmp_path / "x.trec", {"q": {"a b": 1.0}}, "tag")
     assert not (tmp_path / "x.trec").exists()
 
 

@@ -9,7 +9,9 @@ import torch
 from safetensors import safe_open
 from tiny import byte_tokenizer, tiny_checkpoint
 
-from model import Checkpoint, Embedder, add_lora, load_embedder, lora_layers, save_embedder
+from formats.checkpoints import Checkpoint
+from formats.embedders import load_embedder, save_embedder
+from model import Embedder, add_lora, lora_layers
 from tools.export import main, public_name
 
 CPU = torch.device("cpu")
@@ -108,8 +110,6 @@ def test_an_export_embeds_as_the_run(tmp_path, kind, options):
 
 def test_a_hub_base_is_named_in_full(tmp_path, monkeypatch, capsys):
     """A base on the hub, with a revision: stays in the adapter's config, stands in the front matter."""
-    import model
-
     run = make_run(tmp_path)
     path = run / "step-000100" / "adapter_config.json"
     changes = {"base_model_name_or_path": "owner/base", "revision": "v1.5"}
@@ -120,7 +120,7 @@ def test_a_hub_base_is_named_in_full(tmp_path, monkeypatch, capsys):
         asked.append(name)
         return tmp_path / "somebody" / "base-model"
 
-    monkeypatch.setattr(model, "fetch_repository", fetched)
+    monkeypatch.setattr("support.hub.fetch_repository", fetched)
     assert main([str(run), "--to", str(tmp_path / "mine"), "--format", "adapter"]) == 0
     assert set(asked) == {"owner/base@v1.5"}
     saved = json.loads((tmp_path / "mine" / "adapter_config.json").read_text())
@@ -314,7 +314,7 @@ def test_files_of_another_shape_are_one_line(tmp_path, capsys, name, change):
 
 
 def test_ctrl_c(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("model.load_embedder", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("tools.export.load_embedder", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     assert main([str(make_run(tmp_path)), "--to", str(tmp_path / "mine"), "--format", "merged"]) == 130
     assert capsys.readouterr().err == "export: interrupted\n" and not (tmp_path / "mine").exists()
 

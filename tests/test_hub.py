@@ -14,8 +14,11 @@ from loopback import Loopback, commit
 from tiny import byte_tokenizer, tiny_checkpoint
 
 import dream
-from data import InputError
-from model import Checkpoint, Embedder, add_lora, find_folder, load_embedder, lora_layers, save_embedder
+from formats.checkpoints import Checkpoint
+from formats.embedders import load_embedder, save_embedder
+from model import Embedder, add_lora, lora_layers
+from support.files import InputError
+from support.hub import find_folder
 
 CPU = torch.device("cpu")
 TEXTS = ["a", "some longer text"]
@@ -179,7 +182,7 @@ def test_a_mistyped_folder_gets_the_nearest_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny_checkpoint(tmp_path / "models" / "reader")
     for name in ("models/raeder", str(tmp_path / "models" / "readr"), "./models/redaer"):
-        monkeypatch.setattr("model.fetch_repository", refuse)
+        monkeypatch.setattr("support.hub.fetch_repository", refuse)
         with pytest.raises(InputError, match=r"did you mean the folder \S*models/reader\?$"):
             find_folder(name)
     with pytest.raises(InputError, match="owner/name@revision$"):

@@ -17,7 +17,8 @@ from tiny import make_rows, tiny_checkpoint
 
 import dream
 import eval as yardstick
-from data import InputError
+import model
+from support.files import InputError
 
 FLAGS = "--steps 12 --batch 4 --eval-every 3 --lr 1e-2 --num-heads 2 --lora-dropout 0.1 --device cpu".split()
 
@@ -263,7 +264,7 @@ def test_out_of_memory_names_the_flag_to_lower(world, tmp_path, monkeypatch, cap
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore lines")
         return kept(*arguments)
 
-    owner = dream if function == "dream_loss" else dream.Embedder
+    owner = dream if function == "dream_loss" else model.Embedder
     kept = getattr(owner, function)
     monkeypatch.setattr(owner, function, full)
     assert dream.main([*command, "--out", str(tmp_path / "run")]) == 2

@@ -8,20 +8,11 @@ from safetensors.torch import load_file, save_file
 from tiny import byte_tokenizer, config_file, random_lm, tiny_checkpoint
 from tokenizers import processors
 
-from data import InputError
-from model import (
-    PROJECTIONS,
-    Checkpoint,
-    Config,
-    Embedder,
-    add_lora,
-    load_embedder,
-    load_tokenizer,
-    lora_layers,
-    pick_device,
-    pick_dtype,
-    save_embedder,
-)
+from formats.checkpoints import Checkpoint, load_tokenizer
+from formats.embedders import load_embedder, save_embedder
+from model import PROJECTIONS, Config, Embedder, add_lora, lora_layers
+from support.files import InputError
+from support.launch import pick_device, pick_dtype
 
 CPU = torch.device("cpu")
 TEXTS = ["a", "some longer text", "", "東京 🙂", "x" * 300]

@@ -13,8 +13,10 @@ from tokenizers import processors
 
 import dream
 from attention import CrossDocument, isolated_documents
-from data import TEMPLATE, CandidatePool, Document, InputError, PromptBuilder, Row, Rows, collate
-from model import Cache, Config, add_lora, apply_rope, rope_frequencies
+from data import TEMPLATE, CandidatePool, Document, PromptBuilder, Row, Rows, collate
+from formats.checkpoints import read_config
+from model import Cache, add_lora, apply_rope, rope_frequencies
+from support.files import InputError
 
 
 def step(retriever, builder, rows, args, judge=None, heads=()):
@@ -489,6 +491,6 @@ def test_the_judges_bos_is_what_its_tokenizer_puts_there(tmp_path):
         if post_processor:
             tokenizer.post_processor = post_processor
         tokenizer.save(str(folder / "tokenizer.json"))
-        builder = dream.make_builder(args, Config.read(folder / "config.json"), folder)
+        builder = dream.make_builder(args, read_config(folder / "config.json"), folder)
         input_ids = builder.build(make_rows([2]))[0].input_ids
         assert [number for number in input_ids if number == 257] == first == input_ids[: len(first)]

@@ -17,8 +17,9 @@ from conftest import ROOT
 from torch import nn
 
 import eval as yardstick
-from data import load_dataset
-from model import load_embedder
+import related.bm25
+from formats.datasets import load_dataset
+from formats.embedders import load_embedder
 
 CPU = torch.device("cpu")
 SHARED = ROOT.parent / "shared" / "data" / "beir"
@@ -36,7 +37,7 @@ class BagOfWords(nn.Module):
     dim, device = 512, CPU
 
     def tokenize(self, texts, kind):
-        return [[zlib.crc32(word.encode()) % self.dim for word in yardstick.words(text)] for text in texts]
+        return [[zlib.crc32(word.encode()) % self.dim for word in related.bm25.words(text)] for text in texts]
 
     def embed(self, token_ids):
         counts = [

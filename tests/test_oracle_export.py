@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from test_export import CPU, OPTIONS, PROMPTS, TEXTS, make_run
 from tiny import tiny_checkpoint
 
-from model import load_embedder
+from formats.embedders import load_embedder
 from tools.export import main
 
 peft = pytest.importorskip("peft")

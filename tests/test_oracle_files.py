@@ -8,8 +8,11 @@ import torch.nn.functional as F
 from tiny import byte_tokenizer, tiny_checkpoint
 from tokenizers.processors import TemplateProcessing
 
-from data import InputError, pad
-from model import Checkpoint, Embedder, add_lora, load_embedder, lora_layers, save_embedder
+from data import pad
+from formats.checkpoints import Checkpoint
+from formats.embedders import load_embedder, save_embedder
+from model import Embedder, add_lora, lora_layers
+from support.files import InputError
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")

@@ -22,7 +22,13 @@ from tiny import BASE, byte_tokenizer, config_file, random_lm
 
 import data
 import eval as yardstick
+import formats.checkpoints
+import formats.datasets
+import formats.embedders
+import formats.templates
 import model
+import support.files
+import support.runs
 
 hypothesis = pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, Phase, configuration, given, settings  # noqa: E402
@@ -141,10 +147,12 @@ def folder(tmp_path_factory):
     """Good files of every kind: a dataset, a checkpoint, an adapter of it, sentence-transformers' files."""
     folder = tmp_path_factory.mktemp("files")
     lm = random_lm(config_file(folder / "base", **SMALL))
-    model.save_weights(lm, folder / "base", torch.float32)
+    formats.checkpoints.save_weights(lm, folder / "base", torch.float32)
     model.add_lora(lm.model, 2, 4.0, targets=ADAPTER["target_modules"])
     tokenizer = byte_tokenizer()
-    model.save_embedder(model.Embedder(lm.model, tokenizer), folder / "adapter", "base", modules=False)
+    formats.embedders.save_embedder(
+        model.Embedder(lm.model, tokenizer), folder / "adapter", "base", modules=False
+    )
     for name, text in DATASET.items():
         (folder / "dataset" / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / "dataset" / name).write_bytes(text)
@@ -171,7 +179,7 @@ def read_rows(folder):
 
 
 def read_dataset(folder):
-    dataset = data.load_dataset(folder / "dataset")
+    dataset = formats.datasets.load_dataset(folder / "dataset")
     "".join([*dataset.queries.values(), *(text for _, text in dataset.corpus())]).encode()
     yardstick.evaluate(
         {query: dict.fromkeys(judged, 1.0) for query, judged in dataset.qrels.items()}, dataset.qrels
@@ -179,7 +187,7 @@ def read_dataset(folder):
 
 
 def read_config(folder):
-    config = model.Config.read(folder / "config.json")
+    config = formats.checkpoints.read_config(folder / "config.json")
     if config.num_hidden_layers <= 2:
         with torch.device("meta"):
             model.Decoder(config)
@@ -189,23 +197,25 @@ def read_config(folder):
 
 def read_adapter(folder):
     shutil.copyfile(folder / "adapter" / "adapter_model.safetensors", folder / "adapter_model.safetensors")
-    model.adapter_base(folder)
-    model.load_adapter(model.Checkpoint(folder / "base", CPU, torch.float32).decoder(), folder)
+    formats.embedders.adapter_base(folder)
+    formats.embedders.load_adapter(
+        formats.checkpoints.Checkpoint(folder / "base", CPU, torch.float32).decoder(), folder
+    )
 
 
 def read_settings(folder):
     folder = folder / "st"
-    found = model.read_embedding_settings(folder)
-    config = replace(model.Config.read(folder.parent / "base" / "config.json"), vocab_size=300)
+    found = formats.embedders.read_embedding_settings(folder)
+    config = replace(formats.checkpoints.read_config(folder.parent / "base" / "config.json"), vocab_size=300)
     decoder = torch.nn.Module()
     decoder.config, decoder.embed_tokens = config, torch.nn.Embedding(1, 1)
-    tokenizer = model.load_tokenizer(folder, config)
+    tokenizer = formats.checkpoints.load_tokenizer(folder, config)
     embedder = model.Embedder(decoder, tokenizer, found["max_length"], found["prompts"])
     embedder.tokenize(["a"], "query")
 
 
 def read_shards(folder):
-    model.read_tensors(folder / "sharded", CPU, torch.float32)
+    formats.checkpoints.read_tensors(folder / "sharded", CPU, torch.float32)
 
 
 # name: (the file that is changed, its good content, who reads it)
@@ -237,7 +247,7 @@ READERS = {
     ),
     "prompts": ("st/config_sentence_transformers.json", {"prompts": {"query": "q: "}}, read_settings),
     "index": ("sharded/model.safetensors.index.json", SHARDS, read_shards),
-    "checkpoints": ("checkpoints.json", {"best": "step-1", "last": "step-2"}, model.resolve_run),
+    "checkpoints": ("checkpoints.json", {"best": "step-1", "last": "step-2"}, support.runs.resolve_run),
 }
 
 
@@ -253,7 +263,7 @@ def finding(folder, name, content):
     path.write_bytes(content)
     try:
         reader(folder)
-    except data.InputError as error:
+    except support.files.InputError as error:
         message = str(error)
         wrong = "several lines" if len(message.splitlines()) > 1 else ""
         wrong = wrong or ("file not named" if str(folder) not in message else "")
@@ -459,7 +469,7 @@ def test_bytes_of_is_the_tokenizer_backwards(tokenizer):
 
 @pytest.mark.parametrize("name", ["plain", "qwen", "qwen3", "llama"])
 def test_prompts_hold_each_document_in_its_span_and_else_the_template(tokenizer, name):
-    template = data.TEMPLATES[name]
+    template = formats.templates.TEMPLATES[name]
     least = len(tokenizer.encode(template).ids)
 
     @steady(40)
@@ -476,7 +486,7 @@ def test_prompts_hold_each_document_in_its_span_and_else_the_template(tokenizer,
         orders = [random.sample(range(len(row.documents)), len(row.documents)) for row in given_rows]
         try:
             prompts = builder.build(given_rows, orders)
-        except data.InputError as error:
+        except support.files.InputError as error:
             assert str(error).startswith("here: the judge's context") and len(str(error).splitlines()) == 1
             assert any(too_long(row, context - max_target, template, bos) for row in given_rows)
             return

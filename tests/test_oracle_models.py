@@ -5,7 +5,8 @@ import torch
 from tiny import byte_tokenizer, config_file, random_lm
 
 from data import pad
-from model import Cache, Checkpoint, save_weights
+from formats.checkpoints import Checkpoint, save_weights
+from model import Cache
 
 transformers = pytest.importorskip("transformers")
 

@@ -12,8 +12,12 @@ from test_eval import SHARED, random_texts, write_beir
 from tiny import byte_tokenizer, tiny_checkpoint
 
 import eval as yardstick
-from data import RetrievalDataset, load_dataset
-from model import Checkpoint, Embedder, add_lora, load_embedder, lora_layers, save_embedder
+import formats.catalogue
+import formats.results
+from formats.checkpoints import Checkpoint
+from formats.datasets import RetrievalDataset, load_dataset
+from formats.embedders import load_embedder, save_embedder
+from model import Embedder, add_lora, lora_layers
 
 CPU = torch.device("cpu")
 FLOAT32 = {"model_kwargs": {"dtype": torch.float32}}
@@ -108,13 +112,13 @@ def test_mteb_averages_the_subsets_and_splits_of_a_task(mteb, tmp_path):
         dataset = replace(dataset, task=task, split=split, subset=subset, revision="r", benchmark=task)
         result = yardstick.evaluate_embedder(embedder, dataset, keep_identical_ids=True)
         results.append((dataset, result | {"seconds": 1.5}))
-    yardstick.write_mteb(tmp_path / "out", "owner/model", "0123abc", results)
+    formats.results.write_mteb(tmp_path / "out", "owner/model", "0123abc", results)
 
     cache = mteb.ResultCache(cache_path=tmp_path / "out")
     (of_model,) = cache.load_results(models=["owner/model"]).model_results
     assert (of_model.model_name, of_model.model_revision) == ("owner/model", "0123abc")
     by_task = {result.task_name: result for result in of_model.task_results}
-    means = yardstick.average([result for _, result in results])
+    means = formats.results.average([result for _, result in results])
     assert set(by_task) == {"CUREv1", "MIRACLRetrievalHardNegatives"}
     for task, found in by_task.items():
         parts = [r["metrics"]["ndcg@10"] for dataset, r in results if dataset.task == task]
@@ -130,26 +134,28 @@ def test_mteb_averages_the_subsets_and_splits_of_a_task(mteb, tmp_path):
 
 def test_names_revisions_and_rules_of_public_tasks_are_mtebs(mteb):
     """Every task that we name is one of mteb's, at the revision and in the parts that it evaluates."""
-    drops = {task for task, _ in yardstick.BEIR.values()} - {"CQADupstack"} | set(yardstick.RTEB)
+    drops = {task for task, _ in formats.catalogue.BEIR.values()} - {"CQADupstack"} | set(
+        formats.catalogue.RTEB
+    )
     tasks = {task.metadata.name: task for task in mteb.get_tasks(tasks=sorted(drops))}
     assert set(tasks) == drops
-    assert {name for name, task in tasks.items() if task.ignore_identical_ids} == yardstick.MTEB_DROPS
-    for name, (repository, revision) in yardstick.RTEB.items():
+    assert {name for name, task in tasks.items() if task.ignore_identical_ids} == formats.results.MTEB_DROPS
+    for name, (repository, revision) in formats.catalogue.RTEB.items():
         dataset = tasks[name].metadata.dataset
         assert (dataset["path"], dataset["revision"]) == (repository, revision)
-        splits = {split for split, *_ in yardstick._task_parts(name, None)}
+        splits = {split for split, *_ in formats.catalogue._task_parts(name, None)}
         assert splits == set(tasks[name].eval_splits), name
-    for name, (task, _) in yardstick.BEIR.items():
+    for name, (task, _) in formats.catalogue.BEIR.items():
         if task in tasks:
             assert tasks[task].eval_splits == ["dev" if name == "msmarco" else "test"]
-    languages = {part[1] for part in yardstick._task_parts("MIRACLRetrievalHardNegatives", None)}
+    languages = {part[1] for part in formats.catalogue._task_parts("MIRACLRetrievalHardNegatives", None)}
     assert languages == set(tasks["MIRACLRetrievalHardNegatives"].hf_subsets)
     assert {task.metadata.main_score for task in tasks.values()} == {"ndcg_at_10"}
     for name, task in tasks.items():
         for subset, spoken in task.metadata.hf_subsets_to_langscripts.items():
             if name != "CUREv1" or subset == "en":
                 dataset = RetrievalDataset("", "", Path(), {}, {}, documents=[], task=name, subset=subset)
-                assert sorted(set(yardstick._languages(dataset))) == sorted(set(spoken)), (name, subset)
+                assert sorted(set(formats.results._languages(dataset))) == sorted(set(spoken)), (name, subset)
 
 
 def local_task(folder, drop_identical_ids: bool):

@@ -8,7 +8,7 @@ from tiny import byte_tokenizer, make_rows, tiny_checkpoint
 
 import dream
 from data import PromptBuilder
-from model import Checkpoint
+from formats.checkpoints import Checkpoint
 
 transformers = pytest.importorskip("transformers")
 

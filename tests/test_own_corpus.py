@@ -10,8 +10,8 @@ import time
 import pytest
 from conftest import ROOT
 
-from data import JsonLines
 from demo import own_corpus
+from support.files import JsonLines
 
 
 def script(*arguments, cache):

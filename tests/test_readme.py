@@ -20,7 +20,7 @@ from test_dream import write_rows
 from test_eval import write_beir
 from tiny import byte_tokenizer, make_rows, tiny_checkpoint
 
-import eval as yardstick
+import formats.catalogue
 
 MODELS = ["Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-1.5B", "Qwen/Qwen2.5-1.5B-Instruct", "Qwen/Qwen3-Embedding-0.6B"]
 MODELS += ["yixuantt/DREAM-0.5B"]
@@ -69,7 +69,7 @@ def place(tmp_path):
     documents = {f"d{i}": text for i, text in enumerate(texts)}
     queries = {f"q{i}": text[:20] for i, text in enumerate(texts[:6])}
     qrels = {query: {f"d{i}": 1} for i, query in enumerate(queries)}
-    for name in [*yardstick.BEIR, "path"]:
+    for name in [*formats.catalogue.BEIR, "path"]:
         folder = place / "path" / "to" / "folder" if name == "path" else tmp_path / "cache" / name
         parts = [folder / part for part in ("android", "english")] if name == "cqadupstack" else [folder]
         for part in parts:

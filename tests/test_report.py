@@ -14,8 +14,9 @@ from tiny import tiny_checkpoint
 
 import dream
 import eval as yardstick
-from data import load_dataset
-from model import CPU, load_embedder
+from formats.datasets import load_dataset
+from formats.embedders import load_embedder
+from support.launch import CPU
 from tools.report import main
 
 EVIL = "<script>alert(1)</script> & | *bold* \x1b[2J \u202eevil ![x](http://h/x.png)"

@@ -15,8 +15,10 @@ from test_eval import random_texts, write_beir
 from tiny import tiny_checkpoint
 
 import eval as yardstick
-from data import load_dataset
-from model import load_embedder
+import formats.kept
+import related.bm25
+from formats.datasets import load_dataset
+from formats.embedders import load_embedder
 from tools import search
 
 DEMO = ROOT / "demo"
@@ -67,7 +69,7 @@ def ask(capsys, *arguments, status=0):
 
 def watch(monkeypatch, calls):
     """Note what is encoded, and which blocks are read."""
-    tokenize, read = yardstick.tokenize, yardstick.EmbeddingStore.read
+    tokenize, read = yardstick.tokenize, formats.kept.EmbeddingStore.read
 
     def tokenized(embedder, texts, kind):
         calls.append(kind)
@@ -78,7 +80,7 @@ def watch(monkeypatch, calls):
         return read(store, start, end)
 
     monkeypatch.setattr(yardstick, "tokenize", tokenized)
-    monkeypatch.setattr(yardstick.EmbeddingStore, "read", reading)
+    monkeypatch.setattr(formats.kept.EmbeddingStore, "read", reading)
 
 
 @pytest.mark.parametrize("name", ["dense", "bm25"])
@@ -129,8 +131,8 @@ def test_questions_are_asked_for_until_an_empty_line(folder, model, capsys, monk
     """Whatever their number, embeddings are opened once and the corpus is read once."""
     calls, made = [], []
     watch(monkeypatch, calls)
-    index = yardstick.BM25
-    monkeypatch.setattr(yardstick, "BM25", lambda texts: made.append("index") or index(texts))
+    index = related.bm25.BM25
+    monkeypatch.setattr(search, "BM25", lambda texts: made.append("index") or index(texts))
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{QUESTION}\n  glass virus \nof the tree\n\nnot asked\n"))
     some = ["--model", model if name == "dense" else "bm25", "--corpus", folder, "--k", 3]
     answers = ask(capsys, *some)
@@ -282,7 +284,7 @@ def test_losses_equal_those_of_the_parts(run, capsys, monkeypatch):
     """With one document there is nothing to weigh: every loss is the judge's own, without an injection."""
     import dream
     from data import Document, PromptBuilder, Row, collate
-    from model import Checkpoint, load_tokenizer
+    from formats.checkpoints import Checkpoint, load_tokenizer
 
     some = ["Who taught Iris Vane?", "--model", run, "--corpus", DEMO / "dev", "--explain", "Greta Tollen"]
     (answer,) = ask(capsys, *some, "--k", 1)

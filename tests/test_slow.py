@@ -14,7 +14,8 @@ import torch
 from conftest import ROOT
 from safetensors.torch import save_file
 
-from model import CausalLM, Config
+from formats.checkpoints import read_config
+from model import CausalLM
 
 SHARED = ROOT.parent / "shared" / "data"
 pytestmark = pytest.mark.slow
@@ -105,7 +106,7 @@ def random_checkpoint(config: Path, folder: Path) -> None:
     folder.mkdir()
     shutil.copy(config, folder / "config.json")
     with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in CausalLM(Config.read(config)).state_dict().items()}
+        shapes = {name: tensor.shape for name, tensor in CausalLM(read_config(config)).state_dict().items()}
     shapes.pop("lm_head.weight")  # both configurations are tied
     names, index = list(shapes), {}
     for number, own in enumerate((names[: len(names) // 2], names[len(names) // 2 :]), 1):

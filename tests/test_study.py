@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT
 from tiny import make_rows, tiny_checkpoint
 
-from data import InputError
+from support.files import InputError
 from tools.study import fold, holm, main, read_figures, read_study, sign_flip_p, summary, to_arguments
 
 # In place of `dream.py train`: writes what a run's folder has. --temperature decides the scores; --heads says

@@ -7,7 +7,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from data import Document, Row
-from model import CausalLM, Config, save_weights
+from formats.checkpoints import read_config, save_weights
+from model import CausalLM, Config
 
 BASE = {
     "vocab_size": 300,
@@ -28,7 +29,7 @@ BASE = {
 def config_file(folder: Path, **changes) -> Config:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps({"model_type": "qwen2", **BASE, **changes}))
-    return Config.read(folder / "config.json")
+    return read_config(folder / "config.json")
 
 
 def random_lm(config: Config, seed: int = 0, dtype: torch.dtype = torch.float32) -> CausalLM:

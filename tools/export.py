@@ -21,9 +21,15 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 
 import model
-from data import HUB_NAME, InputError, read_json, write_atomic
+from formats.embedders import adapter_base, load_embedder, read_embedding_settings, save_embedder
+from model import Decoder, lora_layers
+from support.files import InputError, read_json, write_atomic
+from support.hub import HUB_NAME, find_folder
+from support.launch import run_command
+from support.runs import resolve_run
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LIBRARIES = {"merged": "transformers", "adapter": "peft", "sentence-transformers": "sentence-transformers"}
@@ -109,7 +115,7 @@ def read_run(checkpoint: Path) -> tuple[dict, dict, dict]:
     known: dict[str, dict] = {"settings": {}, "heads": {}, "results": {}}
     if (run / "checkpoints.json").exists() and checkpoint.name.startswith("step-"):
         known = {n: read_json(run / f"{n}.json") if (run / f"{n}.json").exists() else {} for n in known}
-        if model.resolve_run(run) != checkpoint:  # the results are those of the best one
+        if resolve_run(run) != checkpoint:  # the results are those of the best one
             known["results"] = {}
     return known["settings"], known["heads"], known["results"]
 
@@ -201,13 +207,22 @@ def model_card(embedder: model.Embedder, checkpoint: Path, base: str, kind: str,
     return "\n\n".join(part for part in [*parts, "## Licence", LICENCE] if part) + "\n"
 
 
+def merge_lora(decoder: Decoder) -> None:
+    """Replace every adapter by a plain linear layer that holds the base's weight plus the adapter."""
+    for name, layer in lora_layers(decoder).items():
+        layer.merge()
+        plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        plain.weight, plain.bias = layer.weight, layer.bias
+        decoder.get_submodule(name.rpartition(".")[0]).register_module(name.rpartition(".")[2], plain)
+
+
 def export(args: argparse.Namespace) -> None:
     """Everything `main` does, InputError not caught: load, merge, write beside DIR, rename."""
     if Path(args.run) == Path("runs/demo") and not Path(args.run).exists():  # it is no name of the hub
         raise InputError("runs/demo does not exist: train it (`python dream.py train`) or name another RUN")
-    source, to = model.find_folder(model.resolve_run(args.run)).resolve(), Path(args.to).resolve()
-    weights = model.read_embedding_settings(source)["transformer"]
-    base = model.adapter_base(weights) if (weights / "adapter_config.json").exists() else ""
+    source, to = find_folder(resolve_run(args.run)).resolve(), Path(args.to).resolve()
+    weights = read_embedding_settings(source)["transformer"]
+    base = adapter_base(weights) if (weights / "adapter_config.json").exists() else ""
     if args.format == "adapter" and not base:
         raise InputError(f"{source}: has no adapter; export it with --format merged or sentence-transformers")
     if to.is_dir() and any(to.iterdir()):
@@ -217,10 +232,10 @@ def export(args: argparse.Namespace) -> None:
             raise InputError(f"{to}: holds the checkpoint that is exported, or its base; choose another --to")
         if not any((to / name).exists() for name in ("config.json", "adapter_config.json")):
             raise InputError(f"{to}: holds no checkpoint; --overwrite replaces nothing else")
-    embedder = model.load_embedder(source, torch.device("cpu"), torch.float32)
+    embedder = load_embedder(source, torch.device("cpu"), torch.float32)
     config, dtype = embedder.decoder.config.raw, "float32"
     if args.format != "adapter":
-        model.merge_lora(embedder.decoder)
+        merge_lora(embedder.decoder)
         stated = config.get("dtype") or config.get("torch_dtype")
         dtype = (stated if stated in DTYPES else "float32") if args.dtype == "auto" else args.dtype
         embedder.decoder.to(DTYPES[dtype])
@@ -228,7 +243,7 @@ def export(args: argparse.Namespace) -> None:
     temporary = to.with_name(f".{to.name}.tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
-        model.save_embedder(embedder, temporary, base, modules=args.format != "merged")
+        save_embedder(embedder, temporary, base, modules=args.format != "merged")
         write_atomic(temporary / "README.md", card)
         if to.is_dir():
             shutil.rmtree(to)
@@ -257,7 +272,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--name", help="the retriever's name in its card, as owner/name (default: DIR's name)")
     add("--overwrite", action="store_true", help="replace the checkpoint that DIR holds")
     args = parser.parse_args(argv)
-    return model.run_command("export", lambda: export(args))
+    return run_command("export", lambda: export(args))
 
 
 if __name__ == "__main__":

@@ -23,8 +23,12 @@ from urllib.parse import quote
 
 import dream
 import eval as yardstick
-from data import TEMPLATES, InputError, check_writable, read_json, write_atomic
-from model import load_embedder, pick_device, pick_dtype, run_command
+from formats.catalogue import expand_names, resolve_datasets
+from formats.embedders import load_embedder
+from formats.results import average
+from formats.templates import TEMPLATES
+from support.files import InputError, check_writable, read_json, write_atomic
+from support.launch import ArgumentParser, pick_device, pick_dtype, run_command
 from tools import figures
 from tools.export import public_name, table
 
@@ -132,7 +136,7 @@ def results(run: Run, args: Args) -> Blocks:
         for group, means in sorted(first.get("groups", {}).items()):
             parts = [result.get("groups", {}).get(group, {}) for result in row]
             rows.append((f"{first['dataset']}: {group}", means["queries"], parts))
-    means = [yardstick.average(column) for column in columns]
+    means = [average(column) for column in columns]
     rows += [(name, "", [own.get(name, {}) for own in means]) for name in means[0]]
     if not rows:
         return
@@ -180,7 +184,7 @@ def queries(run: Run, args: Args) -> Blocks:
         raise InputError("the run has no test dataset, --dataset NAME chooses one")
     if not run.checkpoints:
         raise InputError("the run has no checkpoint yet")
-    dataset = yardstick.resolve_datasets(yardstick.expand_names([name])[0])[0]
+    dataset = resolve_datasets(expand_names([name])[0])[0]
     device = pick_device(args.device)
     embedder = load_embedder(run.folder, device, pick_dtype("auto", device)[0])
     hits = yardstick.dense_hits(embedder, dataset, DEPTH + yardstick.MARGIN)
@@ -330,7 +334,7 @@ def report(args: Args) -> None:
 def main(argv: list[str] | None = None) -> int:
     """The exit status, as `run_command` says."""
     raw = argparse.RawDescriptionHelpFormatter
-    parser = yardstick.ArgumentParser("report", description=__doc__, formatter_class=raw)
+    parser = ArgumentParser("report", description=__doc__, formatter_class=raw)
     add = parser.add_argument
     add("run", metavar="RUN", help="a run's folder")
     add("--out", metavar="FILE.html", help="where (default: RUN/report.html); beside it FILE.md, FILE/*.svg")

@@ -31,18 +31,17 @@ from tqdm import tqdm
 
 import dream
 import eval as yardstick
-from data import (
-    Corpus,
-    Document,
-    InputError,
-    RetrievalDataset,
-    Row,
-    cache_folder,
-    check_writable,
-    collate,
-    read_json,
-)
-from model import Checkpoint, Embedder, load_embedder, pick_device, pick_dtype, resolve_run, run_command
+from data import Document, Row, collate
+from formats.catalogue import BEIR, RTEB, resolve_datasets
+from formats.checkpoints import Checkpoint
+from formats.datasets import Corpus, RetrievalDataset
+from formats.embedders import load_embedder
+from formats.kept import STORED, EmbeddingStore
+from model import Embedder
+from related.bm25 import BM25
+from support.files import InputError, cache_folder, check_writable, read_json
+from support.launch import pick_device, pick_dtype, run_command
+from support.runs import resolve_run
 
 Find = Callable[[str, int], yardstick.Hits]  # (question, k) -> what is found for it
 
@@ -55,11 +54,11 @@ def utf8(text: str) -> str:
 def open_corpus(name: str) -> Corpus:
     """Of a public name, a dataset's folder or zip, or a corpus.jsonl(.gz, .xz) alone. Raises InputError."""
     path = Path(name)
-    if name not in ("demo", *yardstick.BEIR, *yardstick.RTEB):
+    if name not in ("demo", *BEIR, *RTEB):
         file = path / "corpus.jsonl" if path.is_dir() else path
         if file.is_file() and file.suffix != ".zip":
             return Corpus(file)
-    dataset, *others = yardstick.resolve_datasets(name, flag="--corpus")
+    dataset, *others = resolve_datasets(name, flag="--corpus")
     if others:
         raise InputError(f"--corpus {name}: has several parts; give the folder of one of them")
     assert isinstance(dataset.documents, Corpus)
@@ -72,7 +71,7 @@ def dense_search(embedder: Embedder, corpus: Corpus, folder: Path, dtype: torch.
     total, step, name = len(corpus), yardstick.DOCUMENT_BLOCK, corpus.name
     # `dense_hits` fills the store; the query is there for nothing else.
     dataset = RetrievalDataset(name, "", Path(name), {"query": "query"}, {}, documents=corpus)
-    store = yardstick.EmbeddingStore(folder, embedder, dataset, dtype)
+    store = EmbeddingStore(folder, embedder, dataset, dtype)
     blocks = [(start, min(start + step, total)) for start in range(0, total, step)]
     if not all(store.holds(*block) for block in blocks):
         yardstick.dense_hits(embedder, dataset, 1, document_block=step, store=store)
@@ -92,7 +91,7 @@ def dense_search(embedder: Embedder, corpus: Corpus, folder: Path, dtype: torch.
 
 def bm25_search(corpus: Corpus) -> Find:
     texts = (document.full_text for _, document in tqdm(corpus, "index", len(corpus), unit="doc"))
-    index = yardstick.BM25(texts)
+    index = BM25(texts)
     return lambda question, k: yardstick.Hits(*index.search([question], k), corpus.ids)
 
 
@@ -204,7 +203,7 @@ def search(args: argparse.Namespace) -> None:
         device = pick_device(args.device)
         embedder = load_embedder(args.model, device, pick_dtype(args.dtype, device)[0], args.max_length)
         folder = Path(args.embeddings or cache_folder() / "embeddings")
-        find = dense_search(embedder, corpus, folder, yardstick.STORED[args.embeddings_dtype])
+        find = dense_search(embedder, corpus, folder, STORED[args.embeddings_dtype])
     for question in questions(args.question):
         found = best_documents(find, corpus, question, k)
         summary = explain(args, settings, question, found) if settings else {}
@@ -234,7 +233,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--explain", nargs="?", const="", type=utf8, metavar="ANSWER", help=told)
     add("--embeddings", metavar="DIR", help="where embeddings are kept (default: $DREAM_CACHE/embeddings)")
     kept = "as what they are kept (default: %(default)s; half precision halves the disk)"
-    add("--embeddings-dtype", choices=list(yardstick.STORED), default="float32", help=kept)
+    add("--embeddings-dtype", choices=list(STORED), default="float32", help=kept)
     length = "tokens kept of each text (default: the checkpoint's)"
     add("--max-length", type=dream.number(int, 1), metavar="N", help=length)
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")

@@ -48,9 +48,8 @@ import torch
 from tqdm import tqdm
 
 import dream
-from data import InputError, check_writable, inside, read_json, write_atomic
-from eval import code_version
-from model import run_command
+from support.files import InputError, check_writable, inside, read_json, write_atomic
+from support.launch import code_version, run_command
 from tools import figures
 from tools.export import table
 

@@ -1,0 +1,258 @@
+"""Embedders on disk: PEFT adapters and sentence-transformers folders, in and out."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+
+from formats.checkpoints import Checkpoint, broken, load_tokenizer, save_weights
+from model import PROJECTIONS, Decoder, Embedder, add_lora, lora_layers
+from support.files import InputError, inside, read_json, write_atomic
+from support.hub import HUB_NAME, find_folder
+from support.runs import resolve_run
+
+# sentence-transformers' names; only the last is read
+POOLINGS = (
+    "cls_token",
+    "max_tokens",
+    "mean_tokens",
+    "mean_sqrt_len_tokens",
+    "weightedmean_tokens",
+    "lasttoken",
+)
+
+
+def load_embedder(
+    folder: str | Path, device: torch.device, dtype: torch.dtype, max_length: int | None = None
+) -> Embedder:
+    """An embedder from a training run, one of its checkpoints, a PEFT adapter folder or a plain checkpoint.
+
+    max_length, prompts and EOS are those saved with it; the argument overrides the length. Raises InputError.
+    """
+    folder = find_folder(resolve_run(folder))
+    settings = read_embedding_settings(folder)
+    weights = settings.pop("transformer")
+    if (weights / "adapter_config.json").exists():
+        checkpoint = Checkpoint(adapter_base(weights), device, dtype)
+        decoder = checkpoint.decoder()
+        load_adapter(decoder, weights)
+    else:
+        checkpoint = Checkpoint(weights, device, dtype)
+        decoder = checkpoint.decoder()
+    tokenizer_folder = weights if (weights / "tokenizer.json").exists() else checkpoint.folder
+    tokenizer = load_tokenizer(tokenizer_folder, checkpoint.config)
+    embedder = Embedder(decoder, tokenizer, max_length or settings["max_length"], settings["prompts"])
+    embedder.append_eos = settings["append_eos"]  # the saved tokenizer adds it
+    return embedder.eval()
+
+
+def read_embedding_settings(folder: Path) -> dict:
+    """How a checkpoint wants texts embedded: {"transformer": the folder of its network, "max_length",
+    "prompts", "append_eos"}.
+
+    Reads sentence-transformers' files in the layouts of 5.x and 6.x; without them 512 tokens, no prompts.
+    Raises InputError for modules or poolings other than the last token's, normalised.
+    """
+
+    def read(name: str) -> dict:
+        return read_json(folder / name) if (folder / name).exists() else {}
+
+    config = read("config_sentence_transformers.json")
+    transformer, default_length = folder, 512
+    modules = folder / "modules.json"
+    if modules.exists():
+        try:
+            kinds = [entry["type"].rsplit(".", 1)[-1] for entry in read_json(modules, list)]
+            paths = [entry["path"] for entry in read_json(modules, list)]
+        except (TypeError, KeyError, AttributeError) as error:
+            raise InputError(f"{modules}: expected a list of objects with 'path' and 'type'") from error
+        if kinds[:2] != ["Transformer", "Pooling"] or kinds[2:] not in ([], ["Normalize"]):
+            raise InputError(
+                f"{modules}: modules {', '.join(kinds)}; supported: Transformer, Pooling, Normalize"
+            )
+        for path in paths:
+            inside(folder, path, modules)
+        pooling = read_json(folder / paths[1] / "config.json")
+        modes = pooling.get("pooling_mode")
+        if modes is None:  # 5.x and before: one flag a mode
+            modes = [name.removeprefix("pooling_mode_") for name, value in pooling.items() if value is True]
+            modes = [name for name in modes if name in POOLINGS]
+        if modes not in ("lasttoken", ["lasttoken"]):
+            path = folder / paths[1] / "config.json"
+            raise InputError(f"{path}: the pooling is {modes}, only lasttoken is supported")
+        similarity = config.get("similarity_fn_name") or "cosine"
+        if kinds[2:] == [] and similarity != "cosine":
+            raise InputError(
+                f"{modules}: no Normalize, and similarity {similarity!r}; only cosine is supported"
+            )
+        transformer = folder / paths[0]
+        tokenizer = transformer / "tokenizer_config.json"
+        known = read_json(tokenizer).get("model_max_length") if tokenizer.exists() else None
+        if known is not None and (not isinstance(known, int | float) or not known >= 1):
+            raise InputError(f"{tokenizer}: model_max_length is {known!r}, expected a positive number")
+        default_length = int(min(known or 512, 1 << 20))  # 1e30 there means none
+    limits = transformer / "sentence_bert_config.json"  # beside the weights, wherever they lie
+    settings = read_json(limits) if limits.exists() else read("sentence_bert_config.json")
+    if settings.get("do_lower_case"):
+        raise InputError(f"{folder}/sentence_bert_config.json: do_lower_case is not supported")
+    max_length = settings.get("max_seq_length") or default_length
+    if type(max_length) is not int or max_length < 1:
+        path = folder / "sentence_bert_config.json"
+        raise InputError(f"{path}: max_seq_length is {max_length!r}, expected a positive number of tokens")
+    prompts = config.get("prompts") or {}
+    if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
+        raise InputError(f"{folder}/config_sentence_transformers.json: 'prompts' must be names and texts")
+    return {
+        "transformer": transformer,
+        "max_length": max_length,
+        "prompts": prompts,
+        "append_eos": bool(config.get("append_eos")),
+    }
+
+
+def adapter_base(folder: Path) -> str:
+    """The base that an adapter names: a folder, or owner/name, with @revision where it gives one."""
+    where = folder / "adapter_config.json"
+    config = read_json(where)
+    base = config.get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise InputError(f"{where}: base_model_name_or_path is missing")
+    if HUB_NAME.fullmatch(base) and config.get("revision") and not Path(base).is_dir():
+        return f"{base}@{config['revision']}"
+    return base
+
+
+def load_adapter(decoder: Decoder, folder: Path) -> None:
+    """Add the PEFT LoRA adapter of a folder; names in base-model or CausalLM form. Raises InputError."""
+    where = folder / "adapter_config.json"
+    config = read_json(where)
+    if config.get("peft_type") != "LORA":
+        raise InputError(f"{where}: peft_type is {config.get('peft_type')!r}, only LORA is supported")
+    unsupported = (
+        "use_dora modules_to_save rank_pattern alpha_pattern layers_to_transform lora_bias exclude_modules "
+        "fan_in_fan_out layer_replication trainable_token_indices alora_invocation_tokens"
+    )
+    for key in unsupported.split():
+        if config.get(key):
+            raise InputError(f"{where}: {key} is set, which is not supported")
+    start = config.get("init_lora_weights", True)
+    if isinstance(start, str) and start.lower() not in ("gaussian", "eva", "orthogonal"):
+        raise InputError(
+            f"{where}: init_lora_weights is {start!r}, which changes the base; convert it to plain LoRA"
+        )
+    if config.get("bias", "none") != "none":
+        raise InputError(f"{where}: bias is {config['bias']!r}, only none is supported")
+    targets = config.get("target_modules")
+    if not isinstance(targets, list) or any(name not in PROJECTIONS for name in targets):
+        known = ", ".join(PROJECTIONS)
+        raise InputError(f"{where}: target_modules is {targets!r}, expected a list out of {known}")
+    r: Any = config.get("r")
+    alpha: Any = config.get("lora_alpha")
+    if type(r) is not int or not 0 < r <= 1 << 16 or type(alpha) not in (int, float) or not 0 < alpha < 1e9:
+        raise InputError(f"{where}: r is {r!r} and lora_alpha {alpha!r}, expected two positive numbers")
+    add_lora(decoder, r, alpha, config.get("lora_dropout") or 0.0, targets, config.get("use_rslora", False))
+    path = folder / "adapter_model.safetensors"
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            loaded = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise broken(path, error) from error
+    loaded = {name.removeprefix("base_model.model.").removeprefix("model."): t for name, t in loaded.items()}
+    own = {name: tensor for name, tensor in decoder.state_dict().items() if ".lora_" in name}
+    for name, tensor in own.items():
+        if name not in loaded:
+            raise InputError(f"{path}: tensor {name} is missing")
+        if loaded[name].shape != tensor.shape:
+            raise InputError(
+                f"{path}: tensor {name} has shape {tuple(loaded[name].shape)}, the base model needs "
+                f"{tuple(tensor.shape)}; is this an adapter for another base?"
+            )
+        tensor.copy_(loaded[name])
+    if extra := sorted(set(loaded) - set(own)):
+        raise InputError(f"{path}: unexpected tensor {extra[0]}; is this an adapter for another base?")
+
+
+def save_adapter(decoder: Decoder, folder: Path, base: str) -> None:
+    """The decoder's LoRA adapters in PEFT's files. base: the checkpoint that they belong to."""
+    folder.mkdir(parents=True, exist_ok=True)
+    adapters = lora_layers(decoder)
+    some = next(iter(adapters.values()))
+    name, _, revision = (base, "", "") if Path(base).is_dir() else base.partition("@")
+    r = some.lora_A.out_features
+    config = {
+        "peft_type": "LORA",
+        "task_type": "FEATURE_EXTRACTION",
+        "base_model_name_or_path": name,
+        "revision": revision or None,
+        "r": r,
+        "lora_alpha": some.scaling * r,
+        "lora_dropout": some.dropout,
+        "target_modules": sorted({name.rsplit(".", 1)[-1] for name in adapters}),
+        "bias": "none",
+        "inference_mode": True,
+    }
+    write_atomic(folder / "adapter_config.json", json.dumps(config, indent=1) + "\n")
+    state = decoder.state_dict()
+    tensors = {f"base_model.model.{name}": t.contiguous() for name, t in state.items() if ".lora_" in name}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def save_embedder(embedder: Embedder, folder: Path, base: str = "", modules: bool = True) -> None:
+    """A folder that load_embedder, PEFT and sentence-transformers load: the adapter, or all weights where
+    there is none.
+
+    base: the checkpoint that the adapter belongs to. modules: with sentence-transformers' module files;
+    without them a merged checkpoint is a plain one that also knows its length and prompts.
+    """
+    if lora_layers(embedder.decoder):
+        save_adapter(embedder.decoder, folder, base)
+    else:
+        save_weights(embedder.decoder, folder, embedder.decoder.embed_tokens.weight.dtype)
+    tokenizer = Tokenizer.from_str(embedder.tokenizer.to_str())
+    tokenizer.no_truncation()  # max_length is saved below, where other libraries look for it
+    tokenizer.save(str(folder / "tokenizer.json"))
+    # As padding, which no real token sees. transformers cuts texts where it stands: not an ordinary token.
+    eos = tokenizer.id_to_token(embedder.decoder.config.eos_token_id or 0)
+    special = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
+    eos = eos if eos in special else next(iter(special), eos)
+    files = {
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": eos,
+            "pad_token": eos,
+            "padding_side": "right",
+            "model_max_length": embedder.max_length,
+        },
+        "sentence_bert_config.json": {"max_seq_length": embedder.max_length, "do_lower_case": False},
+        "config_sentence_transformers.json": {
+            "prompts": embedder.prompts,
+            "default_prompt_name": None,
+            "similarity_fn_name": "cosine",
+            "append_eos": embedder.append_eos,
+        },
+    }
+    if modules:
+        files |= _module_files(embedder.dim)
+        (folder / "2_Normalize").mkdir(exist_ok=True)
+    for name, content in files.items():
+        write_atomic(folder / name, json.dumps(content, indent=1) + "\n")
+
+
+def _module_files(dim: int) -> dict:
+    """What makes a checkpoint a sentence-transformers folder, in the layout that 5.x and 6.x both load."""
+    modules = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
+    return {
+        "modules.json": [
+            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+            for i, (path, kind) in enumerate(modules)
+        ],
+        "1_Pooling/config.json": {
+            "word_embedding_dimension": dim,
+            **{f"pooling_mode_{kind}": kind == "lasttoken" for kind in POOLINGS},
+            "include_prompt": True,
+        },
+    }

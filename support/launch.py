@@ -1,0 +1,154 @@
+"""How a command starts and ends: devices, dtypes, processes, exit statuses."""
+
+import argparse
+import difflib
+import importlib
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from support.files import InputError
+
+CPU = torch.device("cpu")
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device of a flag; auto is CUDA where there is one."""
+    if name == "auto":
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else CPU
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"--device {name}: not a device; use auto, cpu or cuda") from error
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device {name}: use auto, cpu or cuda")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--device {name}: this machine has no CUDA device; use --device cpu")
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """The compute dtype of a flag, and the reason to print beside it."""
+    named = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name in named:
+        return named[name], "asked for"
+    if name != "auto":
+        raise InputError(f"--dtype {name}: use auto, {', '.join(named)}")
+    if device.type != "cuda":
+        return torch.float32, "a CPU computes it fastest"
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16, "the GPU has bfloat16 units"
+    return torch.float32, "the GPU has no bfloat16 units, and float16 overflows"
+
+
+def join_processes() -> tuple[int, int]:
+    """This process's rank and the number of processes, as torchrun started them; (0, 1) for one alone.
+
+    All but the first print nothing. The first call joins the process group: gloo for what is on the CPU, nccl
+    for what is on GPUs.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if processes == 1:
+        return 0, 1
+    if not torch.distributed.is_initialized():
+        # Its functions' defaults keep the group that exists when torch first imports it (as torch._dynamo
+        # does): gloo's threads would outlive `leave_processes` and now and then abort the exit.
+        importlib.import_module("torch.distributed.nn.functional")
+        if torch.cuda.is_available():
+            local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+            if local >= gpus:
+                told = f"--nproc-per-node {gpus}, or CUDA_VISIBLE_DEVICES= for processes on the CPU"
+                raise InputError(f"torchrun: one process a GPU, and {gpus} are visible; use {told}")
+            torch.cuda.set_device(local)
+        # Ranks wait for the first while it chooses heads or fetches data: longer than the default allows.
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        torch.distributed.init_process_group(backend, timeout=timedelta(hours=4))
+        if torch.distributed.get_rank():
+            sys.stdout = open(os.devnull, "w")
+    return torch.distributed.get_rank(), processes
+
+
+def leave_processes(failed: bool = False, status: int = 0) -> int:
+    """End the process group, and with it its threads: one that outlives the interpreter may abort it.
+
+    failed: this process alone does. nccl's groups end together or not at all, and the others may wait for
+    this one: it exits at once, with `status`, and torchrun then ends them. Returns `status`.
+    """
+    if torch.distributed.is_initialized():
+        if failed:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+        torch.distributed.destroy_process_group()
+    return status
+
+
+def run_command(name: str, work: Callable[[], int | None], interrupted: str = "interrupted") -> int:
+    """A command's exit status: that of its work, 2 when its input is wrong, 130 after Ctrl-C, 141 when nobody
+    reads what it prints (`| head`). What goes wrong is told in one line, without a traceback."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # "?" where a terminal has no such letter
+    try:
+        status = work() or 0
+        print(end="", flush=True)  # here a closed pipe can still be told
+        return leave_processes(status=status)
+    except KeyboardInterrupt:
+        told, status = interrupted, 130
+    except BrokenPipeError:  # who reads this has read enough: no more goes there, at the end neither
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return leave_processes(failed=True, status=141)
+    except (InputError, OSError, SafetensorError) as error:
+        told, status = f"error: {error}", 2
+    print(f"{name}: {told}", file=sys.stderr)
+    return leave_processes(failed=True, status=status)
+
+
+def one_ahead(items: Iterable) -> Iterator:
+    """The items, each made in a background thread while the one before it is used."""
+    iterator, end = iter(items), object()
+    with ThreadPoolExecutor(1) as thread:
+        future = thread.submit(next, iterator, end)
+        while (item := future.result()) is not end:
+            future = thread.submit(next, iterator, end)
+            yield item
+
+
+def code_version() -> str | None:
+    """The commit of this code, with -dirty where it was changed since; None outside a git checkout."""
+    command = [
+        "git",
+        "-C",
+        str(Path(__file__).parent.parent),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=40",
+    ]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's, which takes no abbreviations and names the flag that a mistyped one may stand for."""
+
+    def __init__(self, prog: str | None = None, **options: Any):
+        super().__init__(prog, allow_abbrev=False, **options)
+
+    def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
+        namespace, unknown = super().parse_known_args(args, namespace)
+        for flag in (text.partition("=")[0] for text in unknown if text.startswith("-")):
+            known = [name for action in self._actions for name in action.option_strings]
+            if close := difflib.get_close_matches(flag, known, 1):
+                self.error(f"unrecognized arguments: {flag}; did you mean {close[0]}?")
+        return namespace, unknown
