@@ -1,4 +1,4 @@
-"""The inputs: training rows, judge prompts with document spans, retrieval datasets, batches.
+"""The inputs: training rows, judge prompts with document spans, and the batches of a training step.
 
 Everything read from outside is checked here, once, with the file and the line in the message; inside, data is
 trusted. Large files stay on disk: a JSON-lines file is an array of line offsets, and a line is parsed when it
@@ -10,21 +10,22 @@ A training row, one JSON object a line (.jsonl, also .gz and .xz):
 no training loss of DREAM reads it, only the selection of heads and the reports do. Rows of FlagEmbedding
 ("pos", "neg") and Tevatron ("positive_passages", "negative_passages") are read too, when they have a target:
 their candidates are the first positive, then the negatives.
-
-A retrieval dataset is a folder or a zip in BEIR's layout: corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv.
 """
 
 import hashlib
 import re
+from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
+from tqdm import tqdm
 
 from support.files import InputError, JsonLines
 
@@ -140,94 +141,6 @@ class Rows:
         return given, positive
 
 
-class CandidatePool:
-    """Every distinct document of some rows, by number: what candidates are mined from anew.
-
-    Texts stay in the rows' file; 16 bytes a document stay in memory, and 8 more until the pool is made.
-    """
-
-    def __init__(self, rows: Rows, indices: Iterable[int]):
-        self._rows, self._last = rows, (-1, list[Document]())
-        owners, places, digests = array("q"), array("q"), array("q")
-        for index in indices:
-            for place, document in enumerate(rows[index].documents):
-                owners.append(index)
-                places.append(place)
-                digests.append(text_digest(document.full_text))
-        _, first = np.unique(np.frombuffer(digests, np.int64), return_index=True)
-        first.sort()  # in the file's order, which is read from the disk in one go
-        self._owners, self._places = (np.frombuffer(x, np.int64)[first] for x in (owners, places))
-        self.ids: Sequence = range(len(first))
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, number: int) -> tuple[str, Document]:
-        owner = int(self._owners[number])
-        last, documents = self._last
-        if last != owner:
-            documents = self._rows[owner].documents
-            self._last = (owner, documents)
-        return str(number), documents[self._places[number]]
-
-
-# Rows from raw text (`mine --from-text`)
-
-PASSAGE_WORDS = 100  # of whole sentences; a longer sentence is a passage by itself
-
-
-def sentences(text: str) -> list[str]:
-    """Cut after a full stop, question or exclamation mark, a space, and before a capital or a figure."""
-    return [part for part in re.split(r"(?<=[.!?])\s+(?=[\"'(\[]?[A-Z0-9])", text.strip()) if part]
-
-
-def passages(text: str, words: int = PASSAGE_WORDS) -> Iterator[str]:
-    """A text in passages of whole sentences of about so many words."""
-    held, count = list[str](), 0
-    for sentence in sentences(text):
-        length = len(sentence.split())
-        if held and count + length > words:
-            yield " ".join(held)
-            held, count = [], 0
-        held.append(sentence)
-        count += length
-    if held:
-        yield " ".join(held)
-
-
-def text_question(text: str, recipe: str, *seed: int) -> tuple[str, str, str] | None:
-    """A query and a target out of a passage, and the passage as a candidate may show it; None if it has none.
-
-    "next": a sentence asks, the sentence after it is the target, and the passage shows all but the one that
-    asks. "rest": the first words of a sentence ask, its last third (up to eight words) is the target, and the
-    passage stays whole. Which sentence is drawn by the seed. A target that the query gives away (it occurs
-    there, or they share four words in a row) is passed over.
-    """
-    parts = sentences(text)
-    for number in shuffled(len(parts), *seed):
-        words = parts[number].split()
-        if recipe == "next" and number + 1 < len(parts):
-            query, target = parts[number], parts[number + 1]
-            shown = " ".join(part for part in parts if part != parts[number])
-        elif recipe == "rest":
-            cut = len(words) - min(max(len(words) // 3, 1), 8)
-            query, target, shown = " ".join(words[:cut]), " ".join(words[cut:]), text
-        else:
-            continue
-        if len(query.split()) >= 4 and not _gives_away(query, target):
-            return query, target, shown
-    return None
-
-
-def _gives_away(query: str, target: str) -> bool:
-    query_words, target_words = (re.findall(r"\w+", text.lower()) for text in (query, target))
-    size = min(4, len(target_words))
-    runs = {tuple(query_words[i : i + size]) for i in range(len(query_words) - size + 1)}
-    return not size or any(
-        tuple(target_words[i : i + size]) in runs for i in range(len(target_words) - size + 1)
-    )
-
-
 def text_digest(text: str) -> int:
     """A 64-bit number that tells texts apart, the same in every process."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
@@ -259,7 +172,6 @@ class Prompt:
     target_start: int  # the first token of the target
     target_cut: bool  # the target was longer than max_target
     tokens_cut: int  # document tokens dropped to fit the context
-    isolated: bool = False  # no document sees another
 
 
 class PromptBuilder:
@@ -279,10 +191,9 @@ class PromptBuilder:
         max_target: int = 32,
         template: str = TEMPLATE,
         bos_id: int | None = None,
-        isolate_documents: bool = False,
     ):
         self.tokenizer, self.context, self.max_target = tokenizer, context, max_target
-        self.template, self.isolate_documents = template, isolate_documents
+        self.template = template
         self._characters = (context + 1) * longest_token(tokenizer)
         if any(template.count(name) != 1 for name in ("{documents}", "{query}", "{target}")):
             raise InputError("the judge template must hold {documents}, {query} and {target} once each")
@@ -335,6 +246,10 @@ class PromptBuilder:
             for row, order, ends in zip(rows, orders, self._ends(rows), strict=True)
         ]
 
+    def shuffled(self, rows: Sequence[Row], *seed: int) -> list[Prompt]:
+        """One prompt a row, its candidates in an order that depends on the seed and the row alone."""
+        return self.build(rows, [shuffled(len(row.documents), *seed, row.index) for row in rows])
+
     def plain(self, texts: list[str], max_length: int) -> list[list[int]]:
         """Each text by itself as a language model reads it, no template; at most max_length tokens."""
         return [(self._bos + ids)[:max_length] for ids in self._encode(texts)]
@@ -354,19 +269,14 @@ class PromptBuilder:
         encoded = self._encode([self._before_query + query + self._after_query for query in queries])
         return [front + ids + end for ids in encoded]
 
-    def check(self, rows: Sequence[Row], later: int = 0) -> int:
-        """Raise InputError for a row whose prompt cannot be built; return how many targets will be cut.
-
-        later: how many other documents a row may get, of any length.
-        """
+    def check(self, rows: Sequence[Row]) -> int:
+        """Raise InputError for a row whose prompt cannot be built; return how many targets will be cut."""
         cut = 0
         for row, (question, target) in zip(rows, self._ends(rows), strict=True):
             cut += len(target) > self.max_target
             taken = len(self._start) + len(question) + min(len(target), self.max_target)
             if taken + len(row.documents) * self.MIN_DOCUMENT_TOKENS > self.context:
                 self.build([row])  # fits only if its documents are short
-            if taken + later * self.MIN_DOCUMENT_TOKENS > self.context:
-                raise self._no_room(row, self.context - taken, later)
         return cut
 
     def with_query(self, prompts: list[Prompt], query: str) -> list[Prompt]:
@@ -379,12 +289,6 @@ class PromptBuilder:
             changed.append(replace(prompt, input_ids=head + target, target_start=len(head)))
         return changed
 
-    def _no_room(self, row: Row, room: int, documents: int) -> InputError:
-        return InputError(
-            f"{row.where}: the judge's context of {self.context} tokens leaves {max(room, 0)} for its "
-            f"{documents} documents; use fewer --candidates or a larger --judge-context"
-        )
-
     def _assemble(
         self, row: Row, order: list[int], blocks: list[list[int]], question: list[int], target: list[int]
     ) -> Prompt:
@@ -393,7 +297,10 @@ class PromptBuilder:
         lengths = [len(block) for block in blocks]
         limit = fit_longest_first(lengths, room)
         if limit < min(self.MIN_DOCUMENT_TOKENS, max(lengths)):
-            raise self._no_room(row, room, len(blocks))
+            raise InputError(
+                f"{row.where}: the judge's context of {self.context} tokens leaves {max(room, 0)} for its "
+                f"{len(blocks)} documents; use fewer --candidates or a larger --judge-context"
+            )
         input_ids = list(self._start)
         spans = [(0, 0)] * len(blocks)
         for candidate in order:
@@ -405,8 +312,15 @@ class PromptBuilder:
         question_start = len(input_ids)
         input_ids += question
         cut = sum(max(length - limit, 0) for length in lengths)
-        ends = (question_start, len(input_ids), target_cut, cut)
-        return Prompt(input_ids + target, spans, *ends, self.isolate_documents)
+        return Prompt(input_ids + target, spans, question_start, len(input_ids), target_cut, cut)
+
+
+def check_prompts(rows: Rows, builder: PromptBuilder) -> None:
+    """Every row's prompt must be buildable now, not after hours; prints how many targets are cut."""
+    cut = 0
+    for first in tqdm(range(0, len(rows), 1024), desc="check", unit="x1024 rows", disable=len(rows) < 50_000):
+        cut += builder.check([rows[i] for i in range(first, min(first + 1024, len(rows)))])
+    print(f"{cut:,} targets cut to {builder.max_target} tokens", flush=True)
 
 
 def fit_longest_first(lengths: list[int], room: int) -> int:
@@ -423,6 +337,75 @@ def fit_longest_first(lengths: list[int], room: int) -> int:
 def shuffled(count: int, *seed: int) -> list[int]:
     """A permutation of range(count) that depends on the seed numbers alone."""
     return np.random.default_rng(seed).permutation(count).tolist()
+
+
+# A training step's rows, and what teaches the retriever on them
+
+
+@dataclass
+class Piece:
+    """Rows of a step that an objective takes together, B of them with up to N candidates."""
+
+    rows: list[Row]
+    inputs: list  # what the objective reads of each row, in tokens
+    queries: Tensor  # (B,) int64, numbers of their queries among the batch's texts
+    candidates: Tensor  # (B, N) int64, numbers of their documents among the batch's texts
+    present: Tensor  # (B, N) bool, which candidates exist
+    positives: Tensor  # (K, 2) int64, row and candidate of each known relevant document
+
+
+@dataclass
+class Batch:
+    """This process's share of a step, in tokens: made in the background while the step before it runs."""
+
+    indices: list[int]  # of all processes' rows in their file; sums over rows are divided by their number
+    pieces: list[Piece]
+    token_ids: list[list[int]]  # of the distinct texts, for the retriever: first the queries, then documents
+    num_queries: int
+    digests: Tensor  # (D,) int64, of the documents' texts
+    tokens: int  # that the objective reads
+    tokens_cut: int  # document tokens that prompts dropped to fit the judge's context
+
+
+class Objective(ABC):
+    """What teaches the retriever: `prepare` turns rows into what it reads, `loss` gives each row's loss.
+
+    DREAM's is in dream.py, those of other papers in related/. The core never asks which one it is.
+    """
+
+    temperature = 0.05  # tau of softmax(cosine / tau) where the user gives none
+    needs_judge = True  # a language model
+    judge_may_learn = False
+    judge_learns = False  # whatever the user says
+    documents_only = False  # rows need no query and no target
+    one_hot = False  # the weights are meant to be: no warning about the temperature
+    together: int  # groups in a piece
+
+    def check(self, rows: Rows, usable: list[int]) -> None:  # noqa: B027, nothing to check is the rule
+        """Raise InputError for a row that it cannot use. usable: the numbers of those to train on."""
+
+    def choose(self, aside: list[Row]) -> dict:
+        """What is decided before the first step, on rows that are never trained on; {} for nothing."""
+        return {}
+
+    def use(self, path: Path) -> None:  # noqa: B027
+        """Take up what `choose` decided, from the run's heads.json."""
+
+    def group(self, rows: list[Row], least: int) -> list[list[Row]]:
+        """Rows that belong in one piece; at least so many groups."""
+        return [[row] for row in rows]
+
+    @abstractmethod
+    def prepare(self, rows: list[Row], seed: tuple[int, ...]) -> list[tuple[Any, int]]:
+        """What it reads of each row, in tokens, and their number."""
+
+    @abstractmethod
+    def loss(self, piece: Piece, log_weights: Tensor, embeddings: Tensor, batch: Batch) -> Tensor:
+        """The loss of each of a piece's rows, (B,).
+
+        log_weights (B, N): log_softmax(cosine / tau), -inf where there is no candidate; embeddings (U, C): of
+        all the batch's texts, unit vectors. The gradient flows into both.
+        """
 
 
 @dataclass
@@ -442,8 +425,6 @@ class JudgeBatch:
     target_rows: Tensor  # (K,) which of the B*T suffix rows predict target tokens
     target_ids: Tensor  # (K,) the tokens they predict
     target_owner: Tensor  # (B, K) float32: 1 where the prompt owns the target token
-    num_tokens: int  # real tokens of prefixes and suffixes
-    isolated: bool  # no document sees another
 
 
 def collate(prompts: Sequence[Prompt], device: torch.device, rows: str = "target") -> JudgeBatch:
@@ -476,8 +457,6 @@ def collate(prompts: Sequence[Prompt], device: torch.device, rows: str = "target
         to_device(torch.tensor(target_rows), device),
         to_device(torch.tensor(target_ids), device),
         to_device(target_owner, device),
-        sum(map(len, prefixes)) + sum(map(len, suffixes)),
-        prompts[0].isolated,
     )
 
 

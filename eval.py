@@ -23,19 +23,19 @@ the run scores 0 (pytrec_eval leaves it out of the mean), as does one without a 
 with the query's own id is dropped, as in BEIR (--identical-ids).
 """
 
-import argparse
 import json
 import math
 import sys
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -47,26 +47,23 @@ from formats.kept import STORED, EmbeddingStore, fingerprint
 from formats.results import MTEB_DROPS, average, write_mteb, write_run
 from model import Embedder
 from related.bm25 import BM25
+from support import launch
 from support.files import InputError, check_writable, write_atomic
-from support.hub import find_folder
-from support.launch import (
-    ArgumentParser,
-    code_version,
-    join_processes,
-    one_ahead,
-    pick_device,
-    pick_dtype,
-    run_command,
-)
-from support.runs import resolve_run
-from support.show import print_result
+from support.flags import add_flags, flag
+from support.runs import DEFAULT_MODEL, locate
+from support.show import print_averages, print_header, print_result
 
 CUTOFFS = (1, 3, 5, 10, 100, 1000)
 # Padded tokens a batch: on a CPU small batches of equal lengths stay in its caches, a GPU wants to be filled.
 BATCH_TOKENS = {"cpu": 2048, "cuda": 16_384}
 DOCUMENT_BLOCK = 32_768  # documents read, sorted by length and encoded at a time
 MARGIN = 128  # hits kept beyond k: top-k breaks ties arbitrarily, the final sort by id needs the tied ones
-DEFAULT_MODEL = "runs/demo"
+IDENTICAL_IDS = "documents that have the query's id: beir drops them, mteb only in some tasks"
+DATASETS = f"demo, {', '.join(GROUPS)}, names of BEIR or RTEB, folders or .zip in their layouts"
+GONE = {
+    "--geometry": "is now a command of its own: python -m tools.geometry",
+    "--compile": "was removed: its gain was never measured",
+}
 
 
 class Tokenized(NamedTuple):
@@ -125,20 +122,10 @@ def embed_all(
     return embeddings[to_device(torch.from_numpy(tokenized.rows), embedder.device)]
 
 
-def encode(embedder: Embedder, texts: list[str], kind: str, batch_tokens: int | None = None) -> Tensor:
-    """`embed_all` of `tokenize`: (N, C) float32 unit vectors of texts of one kind, "query" or "document"."""
+def encode(embedder: Embedder, texts: str | list[str], kind: str, batch_tokens: int | None = None) -> Tensor:
+    """Embeddings of texts of one kind, "query" or "document": (N, C) float32 unit vectors."""
+    texts = [texts] if isinstance(texts, str) else texts
     return embed_all(embedder, tokenize(embedder, texts, kind), batch_tokens)
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """Float32 products in float32: no TF32, whatever a caller has set for its training."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 @torch.no_grad()
@@ -154,27 +141,24 @@ def search(
     """The k documents of largest dot product for each query, exactly, tiled over both sides.
 
     queries (Q, C), documents (N, C): any float type (the products are float32), documents on any device.
-    Returns scores (Q, k) float32, descending, and indices (Q, k) int64 into `documents`, plus `offset`; -inf
-    and -1 where there are fewer documents. Of documents tied at the cut, arbitrary ones are kept. `best` is
+    Returns scores (Q, k) float32, descending, and indices (Q, k) int64 into `documents`, plus `offset`; fewer
+    columns where there are fewer documents. Of documents tied at the cut, arbitrary ones are kept. `best` is
     an earlier result to go on from: so a corpus is searched block by block.
     """
-    device = queries.device
-    if best is None:
-        scores = torch.full((len(queries), k), -math.inf, device=device)  # (Q, k)
-        indices = torch.full((len(queries), k), -1, device=device)  # (Q, k)
-    else:
-        scores, indices = (part.clone() for part in best)
-    with _full_precision():
+    none = torch.empty(len(queries), 0, device=queries.device)
+    scores, indices = best or (none, none.long())  # (Q, K)
+    with launch.full_precision():
         for first in range(0, len(documents), document_tile):
-            tile = documents[first : first + document_tile].to(device).float()  # (n, C)
+            tile = documents[first : first + document_tile].to(queries.device).float()  # (n, C)
+            parts = []
             for start in range(0, len(queries), query_tile):
                 rows = slice(start, start + query_tile)
-                products = queries[rows].float() @ tile.T  # (q, n)
-                top = products.topk(min(k, len(tile)), dim=1)
-                candidates = torch.cat([scores[rows], top.values], dim=1)  # (q, k + n')
+                top = (queries[rows].float() @ tile.T).topk(min(k, len(tile)), dim=1)  # (q, n')
+                candidates = torch.cat([scores[rows], top.values], dim=1)  # (q, K + n')
                 numbers = torch.cat([indices[rows], top.indices + first + offset], dim=1)
-                scores[rows], kept = candidates.topk(k, dim=1)
-                indices[rows] = numbers.gather(1, kept)
+                values, kept = candidates.topk(min(k, candidates.shape[1]), dim=1)
+                parts.append((values, numbers.gather(1, kept)))
+            scores, indices = (torch.cat(part) for part in zip(*parts, strict=True))
     return scores, indices
 
 
@@ -200,7 +184,7 @@ def dense_hits(
     Several processes (torchrun) each encode and search every so-manieth block, and all get the same hits.
     store: keeps the embeddings; blocks that it holds are not encoded again.
     """
-    rank, processes = join_processes()
+    rank, processes = launch.join_processes()
     queries = encode(embedder, list(dataset.queries.values()), "query", batch_tokens)  # (Q, C)
     total = dataset.num_documents
     # Blocks that are kept are the same for any number of processes.
@@ -215,7 +199,7 @@ def dense_hits(
     remaining = sum(end - start for start, end in missing)
     best = None
     with tqdm(desc=f"{dataset.name}: encode", unit="tok", unit_scale=True, disable=quiet or rank > 0) as bar:
-        ahead = one_ahead(tokenized(missing))
+        ahead = launch.one_ahead(tokenized(missing))
         for start, end in blocks:
             if store is not None and (start, end) not in missing:
                 documents = store.read(start, end)
@@ -237,6 +221,8 @@ def dense_hits(
 
 def _merge(scores: Tensor, indices: Tensor, k: int, processes: int) -> tuple[Tensor, Tensor]:
     """The k best of every process's hits, (Q, k) each."""
+    missing = (0, k - scores.shape[1])  # a process with few documents has found fewer
+    scores, indices = F.pad(scores, missing, value=-math.inf), F.pad(indices, missing, value=-1)
     parts = [torch.empty_like(scores) for _ in range(processes)]
     numbers = [torch.empty_like(indices) for _ in range(processes)]
     torch.distributed.all_gather(parts, scores)
@@ -368,140 +354,135 @@ def evaluate_embedder(
     return evaluate_hits(dataset, hits, k, keep_identical_ids, per_query)[0]
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = ArgumentParser("eval.py", description=__doc__, formatter_class=raw)
-    add = parser.add_argument
-    names = f"demo, {', '.join(GROUPS)}, a BEIR name, an RTEB task, or a folder or .zip in their layout"
-    add("--dataset", nargs="+", required=True, metavar="NAME", help=names)
-    add(
-        "--model", default=DEFAULT_MODEL, help="folder, owner/name[@revision], or bm25 (default: %(default)s)"
-    )
-    add("--split", help="the judgements: qrels/SPLIT.tsv (default: test; msmarco: dev)")
-    add("--max-length", type=int, help="tokens kept of each text (default: the checkpoint's)")
-    add("--query-prompt", help="text put before every query (default: the checkpoint's)")
-    add("--document-prompt", help="text put before every document (default: the checkpoint's)")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
-    add("--dtype", default="auto", help="compute dtype: auto, float32, bfloat16, float16 (default: auto)")
-    sizes = ", ".join(f"{number} on {device}" for device, number in BATCH_TOKENS.items())
-    add("--batch-tokens", type=int, help=f"padded tokens a batch (default: {sizes})")
-    add("--k", type=int, default=1000, help="hits kept for each query, at least 100 (default: %(default)s)")
-    add("--trec", metavar="FILE", help="write a TREC run; {dataset} in FILE stands for the dataset's name")
-    add("--json", metavar="FILE", help="write results and settings; rewritten after each dataset")
-    add("--per-query", action="store_true", help="with each query's NDCG@10 in --json")
-    add("--embeddings", metavar="DIR", help="keep the documents' embeddings there, and reuse them")
-    kept = "as what they are kept (default: float32; half precision halves the disk)"
-    add("--embeddings-dtype", choices=list(STORED), default="float32", help=kept)
-    add("--mteb", metavar="DIR", help="write result files that mteb reads")
-    rules = "documents that have the query's id: beir drops them, mteb only in some tasks (default: beir, or "
-    rules += "mteb with --mteb)"
-    add("--identical-ids", choices=["beir", "mteb", "keep"], help=rules)
-    args = parser.parse_args(argv)
-    for name, least in (("k", 100), ("batch_tokens", 1), ("max_length", 1)):
-        if (value := getattr(args, name)) is not None and value < least:
-            parser.error(f"--{name.replace('_', '-')} {value}: must be at least {least}")
-    if args.trec and "{dataset}" not in args.trec and (len(args.dataset) > 1 or args.dataset[0] in GROUPS):
-        parser.error(f"--trec {args.trec}: several datasets need {{dataset}} in the file's name")
-    for flag, prompt in (("query", args.query_prompt), ("document", args.document_prompt)):
+@dataclass
+class Settings:
+    """What `eval.py` is told, a flag a line. 0 and "" stand for "not given"."""
+
+    dataset: list[str] = flag([], DATASETS, "what is scored")
+    model: str = flag(DEFAULT_MODEL, "folder, owner/name[@revision], or bm25")
+    split: str = flag("", "the judgements: qrels/SPLIT.tsv (default: test; msmarco: dev)")
+    max_length: int = flag(0, "tokens kept of each text (default: the checkpoint's)", "how it embeds")
+    query_prompt: str | None = flag(None, "text put before every query (default: the checkpoint's)")
+    document_prompt: str | None = flag(None, "text put before every document (default: the checkpoint's)")
+    device: str = flag("auto", "auto, cpu, cuda, cuda:1", "memory and speed")
+    dtype: str = flag("auto", "compute dtype: auto, float32, bfloat16, float16")
+    batch_tokens: int = flag(0, "padded tokens a batch (default: 2048 on a CPU, 16384 on a GPU)")
+    k: int = flag(1000, "hits kept for each query, at least 100", "what is written", least=100)
+    identical_ids: str = flag("", IDENTICAL_IDS, choices=("beir", "mteb", "keep"))
+    json: str = flag("", "write results and settings; rewritten after each dataset", metavar="FILE")
+    per_query: bool = flag(False, "with each query's NDCG@10 in --json")
+    trec: str = flag("", "write a TREC run; {dataset} in FILE is the dataset's name", metavar="FILE")
+    mteb: str = flag("", "write result files that mteb reads", metavar="DIR")
+    embeddings: str = flag("", "keep the documents' embeddings there, and reuse them", metavar="DIR")
+    embeddings_dtype: str = flag("float32", "as what; half precision halves the disk", choices=tuple(STORED))
+
+
+def parse_arguments(argv: list[str] | None) -> Settings:
+    usage = "eval.py --dataset NAME ... [flags]"
+    parser = launch.ArgumentParser("eval.py", usage=usage, description=__doc__, gone=GONE)
+    add_flags(parser, Settings)
+    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    settings = Settings(**given)
+    if not settings.dataset:
+        parser.error("the following arguments are required: --dataset")
+    for flag_, prompt in (("query", settings.query_prompt), ("document", settings.document_prompt)):
         if prompt and not prompt.isascii() and any("\ud800" <= letter <= "\udfff" for letter in prompt):
-            parser.error(f"--{flag}-prompt: not UTF-8")
-    args.identical_ids = args.identical_ids or ("mteb" if args.mteb else "beir")
-    return args
+            parser.error(f"--{flag_}-prompt: not UTF-8")
+    settings.identical_ids = settings.identical_ids or ("mteb" if settings.mteb else "beir")
+    return settings
 
 
-def run_evaluation(args: argparse.Namespace) -> list[dict]:
-    """Everything `main` does, InputError not caught; the results as in --json."""
-    rank, processes = join_processes()
-    if args.model == DEFAULT_MODEL and not Path(args.model).exists():
-        raise InputError(f"{args.model} does not exist: train it (`python dream.py train`) or pass --model")
-    # Every dataset is checked before the first is encoded: a typing error should not wait for hours of work.
-    datasets = [d for name in expand_names(args.dataset) for d in resolve_datasets(name, args.split)]
-    names = Counter(dataset.name for dataset in datasets)
-    if twice := [name for name, count in names.items() if count > 1]:
+def read_datasets(settings: Settings) -> list[RetrievalDataset]:
+    """All datasets, and whether what is asked for can be written: a typing error should not wait for hours of
+    work. Raises InputError."""
+    names = expand_names(settings.dataset)
+    datasets = [d for name in names for d in resolve_datasets(name, settings.split or None)]
+    called = Counter(dataset.name for dataset in datasets)
+    if twice := [name for name, count in called.items() if count > 1]:
         raise InputError(f"--dataset: several are called {twice[0]!r}; give each folder a name of its own")
-    for path in (args.json, *(args.trec.replace("{dataset}", d.name) for d in datasets if args.trec)):
-        if path:
-            check_writable(path)
-    for path in (args.mteb, args.embeddings):
-        if path:
-            check_writable(path, folder=True)
-    if args.trec and len(datasets) > 1 and "{dataset}" not in args.trec:
-        raise InputError(f"--trec {args.trec}: several datasets need {{dataset}} in the file's name")
-    settings = {name: getattr(args, name) for name in ("model", "k", "identical_ids")}
-    revision = "no_revision_available"
-    if args.model == "bm25":
-        settings |= BM25([]).describe()
+    trec = [settings.trec.replace("{dataset}", d.name) for d in datasets if settings.trec]
+    if len(set(trec)) < len(trec):
+        raise InputError(f"--trec {settings.trec}: several datasets need {{dataset}} in the file's name")
+    for path in filter(None, (settings.json, *trec)):
+        check_writable(path)
+    for path in filter(None, (settings.mteb, settings.embeddings)):
+        check_writable(path, folder=True)
+    return datasets
+
+
+def run_evaluation(settings: Settings) -> list[dict]:
+    """Evaluate a model on datasets, print the table, write what is asked for; the results as in --json.
+
+    Raises InputError.
+    """
+    rank, processes = launch.join_processes()
+    folder = None if settings.model == "bm25" else locate(settings.model)
+    datasets = read_datasets(settings)
+    told = {name: getattr(settings, name) for name in ("model", "k", "identical_ids")}
+    embedder, revision, digest = None, "no_revision_available", None
+    if folder is None:
+        told |= BM25([]).describe()
     else:
-        device = pick_device(args.device)
-        dtype, reason = pick_dtype(args.dtype, device)
-        folder = find_folder(resolve_run(args.model))
-        embedder = load_embedder(folder, device, dtype, args.max_length)
-        for kind, prompt in (("query", args.query_prompt), ("document", args.document_prompt)):
-            if prompt is not None:
-                embedder.prompts[kind] = prompt
-        settings |= {"checkpoint": str(folder), "device": str(device), "processes": processes}
-        args.batch_tokens = args.batch_tokens or BATCH_TOKENS[device.type]
-        settings |= {"batch_tokens": args.batch_tokens}
-        if args.embeddings:
-            settings["embeddings_dtype"] = args.embeddings_dtype
+        device = launch.pick_device(settings.device)
+        dtype, reason = launch.pick_dtype(settings.dtype, device)
+        embedder = load_embedder(folder, device, dtype, settings.max_length or None)
+        prompts = {"query": settings.query_prompt, "document": settings.document_prompt}
+        embedder.prompts |= {kind: text for kind, text in prompts.items() if text is not None}
+        settings.batch_tokens = settings.batch_tokens or BATCH_TOKENS[device.type]
+        told |= {"checkpoint": str(folder), "device": str(device), "processes": processes}
+        told |= {"batch_tokens": settings.batch_tokens}
+        if settings.embeddings:
+            told["embeddings_dtype"] = settings.embeddings_dtype
             digest = fingerprint(embedder)
-        settings |= {**embedder.describe(), "dtype_reason": reason}
+        told |= {**embedder.describe(), "dtype_reason": reason}
         revision = folder.name if folder.parent.name == "snapshots" else revision
-    settings |= {"model_revision": revision, "code": code_version(), "torch": torch.__version__}
-    for name, value in settings.items():
+    told |= {"model_revision": revision, "code": launch.code_version(), "torch": torch.__version__}
+    for name, value in told.items():
         print(f"{name}: {value}")
-    if args.model != "bm25" and (others := sorted(set(embedder.prompts) - {"query", "document"})):
+    if embedder and (others := sorted(set(embedder.prompts) - {"query", "document"})):
         print(f"note: prompts that are not used: {', '.join(others)}; --query-prompt takes a prompt's text")
 
     width = max(len(name) for name in ["dataset", *(dataset.name for dataset in datasets)])
-    columns = "  ".join(f"{name:>10}" for name in ("documents", "NDCG@10", "recall@100", "MAP", "MRR@10"))
-    print(f"\n{'dataset':{width}}  {'split':8}  {'queries':>8}  {columns}", flush=True)
-    results = []
+    print_header(width)
+    results: list[dict] = []
     for dataset in datasets:
         started = time.perf_counter()
-        wanted = min(args.k + MARGIN, dataset.num_documents)
-        if args.model == "bm25":
+        wanted = min(settings.k + MARGIN, dataset.num_documents)
+        if embedder is None:
             hits = bm25_hits(dataset, wanted)
         else:
             store = None
-            if args.embeddings:
-                kept_as = STORED[args.embeddings_dtype]
-                store = EmbeddingStore(Path(args.embeddings), embedder, dataset, kept_as, digest)
-            hits = dense_hits(embedder, dataset, wanted, args.batch_tokens, store=store)
-        keep = args.identical_ids == "keep" or args.identical_ids == "mteb" and dataset.task not in MTEB_DROPS
-        result, run = evaluate_hits(dataset, hits, args.k, keep, args.per_query)
+            if settings.embeddings:
+                kept_as = STORED[settings.embeddings_dtype]
+                store = EmbeddingStore(Path(settings.embeddings), embedder, dataset, kept_as, digest)
+            hits = dense_hits(embedder, dataset, wanted, settings.batch_tokens, store=store)
+        rule = settings.identical_ids
+        keep = rule == "keep" or rule == "mteb" and dataset.task not in MTEB_DROPS
+        result, run = evaluate_hits(dataset, hits, settings.k, keep, settings.per_query)
         results.append(result | {"seconds": round(time.perf_counter() - started, 1)})
         if rank:  # the first process alone writes
             continue
-        if args.trec:
-            tag = "_".join(Path(args.model).name.split()) or "dream"
-            write_run(Path(args.trec.replace("{dataset}", dataset.name)), run, tag)
-        if args.json:
-            content = {"results": results, "averages": average(results), "settings": settings}
-            write_atomic(Path(args.json), json.dumps(content, indent=2) + "\n")
-        if args.mteb:
-            name, own = args.model.partition("@")[0], Path(args.model).resolve()
-            if own.exists():
-                name = f"local/{own.parent.name}-{own.name}" if own.match("step-*") else f"local/{own.name}"
-            write_mteb(Path(args.mteb), name, revision, list(zip(datasets, results, strict=False)))
+        if settings.trec:
+            tag = "_".join(Path(settings.model).name.split()) or "dream"
+            write_run(Path(settings.trec.replace("{dataset}", dataset.name)), run, tag)
+        if settings.json:
+            content = {"results": results, "averages": average(results), "settings": told}
+            write_atomic(settings.json, json.dumps(content, indent=2) + "\n")
+        if settings.mteb:
+            write_mteb(Path(settings.mteb), settings.model, revision, datasets, results)
         print_result(result, width)
-    for name, metrics in average(results).items():
-        print(
-            f"{name}: NDCG@10 {metrics['ndcg@10']:.4f}, the mean of its parts"
-            if name != "mean"
-            else f"mean NDCG@10: {metrics['ndcg@10']:.4f}, each benchmark counted once"
-        )
+    print_averages(average(results))
     return results
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0, or 2 when the input is wrong."""
-    args = parse_arguments(argv)
+    settings = parse_arguments(argv)
 
     def work() -> None:
-        run_evaluation(args)
+        run_evaluation(settings)
 
-    return run_command("eval.py", work)
+    return launch.run_command("eval.py", work)
 
 
 if __name__ == "__main__":

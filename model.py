@@ -1,4 +1,4 @@
-"""The networks: a Qwen/Llama decoder, LoRA, checkpoints in and out, and the embedder.
+"""The networks: a Qwen/Llama decoder, LoRA, the embedder (the retriever), and how the judge predicts.
 
 One decoder serves the judge and the retriever. Three switches tell the families apart: a bias on q/k/v
 (Qwen2), a norm on each head's q and k (Qwen3), neither (Llama, Mistral). Attribute names equal the Hugging
@@ -10,12 +10,14 @@ split-halves pairing.
         split halves (used here)   (x0, x4) (x1, x5) (x2, x6) (x3, x7)
         interleaved (the paper's)  (x0, x1) (x2, x3) (x4, x5) (x6, x7)
 
-This file never trains, never tokenises prompts for the judge, and runs no code that comes with a checkpoint.
+This file never trains and reads no files; checkpoints come from formats/.
 """
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,8 +26,8 @@ from tokenizers import Tokenizer, processors
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from attention import CrossDocument, Injection, attention, attention_to_keys, exact
-from data import longest_token, pad
+from attention import attention, exact
+from data import JudgeBatch, longest_token, pad
 from support.files import InputError
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -63,10 +65,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        exact = x.to(torch.promote_types(x.dtype, torch.float32))
-        return self.weight * (exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + self.eps)).to(
-            x.dtype
-        )
+        wide = exact(x)
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * (wide * scale).to(x.dtype)
 
 
 def rope_frequencies(config: Config, device: torch.device) -> Tensor:
@@ -99,25 +100,31 @@ class Cache:
     values: dict[int, Tensor] = field(default_factory=dict)
 
 
-@dataclass
-class Probe:
-    """Collects each layer's attention to keys, (B, Hq, S) float32, weighted over rows by (B, T)."""
-
-    row_weights: Tensor
-    attention: list[Tensor] = field(default_factory=list)
+# (out, q, k, v, visible, layer) -> out: what is done to a layer's attention, as attention.Injection does it.
+Change = Callable[[Tensor, Tensor, Tensor, Tensor, Any, int], Tensor]
 
 
 @dataclass
-class Context:
-    """What every layer of one forward pass shares."""
+class Pass:
+    """What the layers of one forward pass share."""
 
-    cos: Tensor
+    cos: Tensor  # (B or 1, 1, T, D), of the rows' positions
     sin: Tensor
-    visible: Tensor | None
-    prefix: Cache | None
-    store: Cache | None
-    injection: Injection | CrossDocument | None
-    probe: Probe | None
+    visible: Tensor | None = None  # (B, T, S) bool, the keys that each row sees; None: plain causal
+    prefix: Cache | None = None  # keys and values that come before the rows
+    change: Change | None = None
+    store: Cache | None = None  # takes the rows' keys and values
+
+    def of_rows(self, rows: Tensor, num_keys: int) -> "Pass":
+        """The same for one row of each text, rows (B,)."""
+        cos, sin = (angle[0, 0, rows, None, None] for angle in (self.cos, self.sin))  # (B, 1, 1, D)
+        visible = (torch.arange(num_keys, device=rows.device) <= rows[:, None])[:, None]  # (B, 1, S)
+        return replace(self, cos=cos, sin=sin, visible=visible)
+
+
+def take_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """One row of each text, (B, 1, C) of x (B, T, C)."""
+    return x[torch.arange(len(x), device=x.device), rows, None]
 
 
 class Attention(nn.Module):
@@ -136,36 +143,32 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
-    def keys_and_values(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-        """Of these rows, (B, Hkv, T, D) each; also left in the context's store, if it has one."""
+    def keys_and_values(self, x: Tensor, shared: Pass) -> tuple[Tensor, Tensor]:
+        """Of these rows, (B, Hkv, T, D) each; also left in the pass's store, if it has one."""
         batch, rows, _ = x.shape
         k = self.k_proj(x).view(batch, rows, -1, self.head_dim)  # (B, T, Hkv, D)
         v = self.v_proj(x).view(batch, rows, -1, self.head_dim).transpose(1, 2)  # (B, Hkv, T, D)
         k = self.k_norm(k) if hasattr(self, "k_norm") else k
-        k = apply_rope(k.transpose(1, 2), context.cos, context.sin)  # (B, Hkv, T, D)
-        if context.store is not None:
-            context.store.keys[self.layer], context.store.values[self.layer] = k, v
+        k = apply_rope(k.transpose(1, 2), shared.cos, shared.sin)  # (B, Hkv, T, D)
+        if shared.store is not None:
+            shared.store.keys[self.layer], shared.store.values[self.layer] = k, v
         return k, v
 
-    def forward(self, x: Tensor, context: Context, last: Tensor | None = None) -> Tensor:
-        """last: (B,) the one row of each text to compute, out of T; None for all."""
-        k, v = self.keys_and_values(x, context)
-        cos, sin, visible = context.cos, context.sin, context.visible
-        if last is not None:
-            x = x[torch.arange(len(x), device=x.device), last, None]  # (B, 1, C)
-            cos, sin = (angle[0, 0, last, None, None] for angle in (cos, sin))  # (B, 1, 1, D)
-            visible = (torch.arange(k.shape[2], device=x.device) <= last[:, None])[:, None]  # (B, 1, S)
+    def forward(self, x: Tensor, shared: Pass, only: Tensor | None = None) -> Tensor:
+        """only: (B,) the one row of each text to compute, out of T; None for all."""
+        k, v = self.keys_and_values(x, shared)
+        if only is not None:
+            x, shared = take_rows(x, only), shared.of_rows(only, k.shape[2])
         batch, rows, _ = x.shape
         q = self.q_proj(x).view(batch, rows, -1, self.head_dim)  # (B, T, Hq, D)
         q = self.q_norm(q) if hasattr(self, "q_norm") else q
-        q = apply_rope(q.transpose(1, 2), cos, sin)  # (B, Hq, T, D)
-        if context.prefix is not None:
-            k = torch.cat((context.prefix.keys[self.layer], k), dim=2)  # (B, Hkv, P + T, D)
-            v = torch.cat((context.prefix.values[self.layer], v), dim=2)
-        if context.probe is not None:
-            assert visible is not None  # a probe needs a prefix
-            context.probe.attention.append(attention_to_keys(q, k, visible, context.probe.row_weights))
-        out = attention(q, k, v, visible, context.injection, self.layer)
+        q = apply_rope(q.transpose(1, 2), shared.cos, shared.sin)  # (B, Hq, T, D)
+        if shared.prefix is not None:
+            k = torch.cat((shared.prefix.keys[self.layer], k), dim=2)  # (B, Hkv, P + T, D)
+            v = torch.cat((shared.prefix.values[self.layer], v), dim=2)
+        out = attention(q, k, v, shared.visible)
+        if shared.change is not None:
+            out = shared.change(out, q, k, v, shared.visible, self.layer)
         return self.o_proj(out.transpose(1, 2).reshape(batch, rows, -1))
 
 
@@ -188,9 +191,9 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, context: Context, last: Tensor | None = None) -> Tensor:
-        attended = self.self_attn(self.input_layernorm(x), context, last)
-        x = attended + (x if last is None else x[torch.arange(len(x), device=x.device), last, None])
+    def forward(self, x: Tensor, shared: Pass, only: Tensor | None = None) -> Tensor:
+        attended = self.self_attn(self.input_layernorm(x), shared, only)
+        x = attended + (x if only is None else take_rows(x, only))
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -209,52 +212,57 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.activation_checkpointing = False  # keep only each layer's input, and compute the rest again
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        prefix: Cache | None = None,
-        store: Cache | None = None,
-        injection: Injection | CrossDocument | None = None,
-        probe: Probe | None = None,
-        last: Tensor | None = None,
-        visible: Tensor | None = None,
-    ) -> Tensor | None:
+    def forward(self, input_ids: Tensor, prefix: Cache | None = None, change: Change | None = None) -> Tensor:
         """Hidden states (B, T, C) after the final norm, of right-padded rows of token ids (B, T).
 
-        prefix: keys and values that come before these rows; positions go on from each prefix's own length.
-        store: an empty Cache that takes these rows' keys and values: that is all that is then computed, and
-        nothing is returned. probe: needs a prefix. last: (B,) the one row of each text that is wanted; then
-        (B, 1, C) is returned, and the last layer computes no other. visible: (B, T, T) bool, the keys that
-        each row sees, where that is not all before it. The last two without a prefix only.
+        prefix: keys and values that come before the rows; positions go on from each prefix's own length.
+        change: what is done to each layer's attention.
         """
-        batch, rows = input_ids.shape
-        device = input_ids.device
-        positions = torch.arange(rows, device=device)[None]  # (1, T)
+        x = self.embed_tokens(input_ids)
+        return self.norm(self._through(self.layers, x, self._share(x, prefix, change)))
+
+    def read(self, input_ids: Tensor, lengths: Tensor) -> Cache:
+        """The keys and values of right-padded rows of token ids (B, T), lengths (B,): no more is computed."""
+        x, store = self.embed_tokens(input_ids), Cache(lengths)
+        shared = self._share(x, store=store)
+        *layers, last = self.layers
+        x = self._through(layers, x, shared)
+        assert isinstance(last, Layer)
+        last.self_attn.keys_and_values(last.input_layernorm(x), shared)
+        return store
+
+    def last(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
+        """Each text's last hidden state, (B, C); the last layer computes no other row."""
+        x = self.embed_tokens(input_ids)
+        shared = self._share(x)
+        *layers, last = self.layers
+        x = self._through(layers, x, shared)
+        return self.norm(self._through([last], x, shared, lengths - 1))[:, 0]
+
+    def _through(
+        self, layers: Iterable[nn.Module], x: Tensor, shared: Pass, only: Tensor | None = None
+    ) -> Tensor:
+        again = self.activation_checkpointing and torch.is_grad_enabled()
+        for layer in layers:
+            x = checkpoint(layer, x, shared, only, use_reentrant=False) if again else layer(x, shared, only)
+        return x
+
+    def _share(
+        self, x: Tensor, prefix: Cache | None = None, change: Change | None = None, store: Cache | None = None
+    ) -> Pass:
+        """What the layers share: the angles of the rows x (B, T, C), what they see, and what is passed on."""
+        batch, rows, _ = x.shape
+        positions, visible = torch.arange(rows, device=x.device)[None], None  # (1, T)
         if prefix is not None:
             positions = prefix.lengths[:, None] + positions  # (B, T)
             width = prefix.keys[0].shape[2]
-            in_prefix = torch.arange(width, device=device) < prefix.lengths[:, None]  # (B, P)
-            causal = torch.ones(rows, rows, dtype=torch.bool, device=device).tril()  # (T, T)
-            visible = torch.cat(
-                (in_prefix[:, None].expand(-1, rows, -1), causal.expand(batch, -1, -1)), dim=2
-            )  # (B, T, P + T)
-        x = self.embed_tokens(input_ids)
-        angles = positions[:, None, :, None].float() * rope_frequencies(
-            self.config, device
-        )  # (B or 1, 1, T, D/2)
-        angles = torch.cat((angles, angles), dim=-1)
-        context = Context(
-            angles.cos().to(x.dtype), angles.sin().to(x.dtype), visible, prefix, store, injection, probe
-        )
-        again = self.activation_checkpointing and torch.is_grad_enabled()
-        for layer in self.layers:
-            if store is not None and layer is self.layers[-1]:
-                assert isinstance(layer, Layer)
-                layer.self_attn.keys_and_values(layer.input_layernorm(x), context)
-                return None
-            only = last if layer is self.layers[-1] else None
-            x = checkpoint(layer, x, context, only, use_reentrant=False) if again else layer(x, context, only)
-        return self.norm(x)
+            in_prefix = torch.arange(width, device=x.device) < prefix.lengths[:, None]  # (B, P)
+            causal = torch.ones(rows, rows, dtype=torch.bool, device=x.device).tril()  # (T, T)
+            parts = in_prefix[:, None].expand(-1, rows, -1), causal.expand(batch, -1, -1)
+            visible = torch.cat(parts, dim=2)  # (B, T, P + T)
+        angles = positions[:, None, :, None].float() * rope_frequencies(self.config, x.device)
+        angles = torch.cat((angles, angles), dim=-1)  # (B or 1, 1, T, D)
+        return Pass(angles.cos().to(x.dtype), angles.sin().to(x.dtype), visible, prefix, change, store)
 
 
 class CausalLM(nn.Module):
@@ -287,28 +295,12 @@ class LoRALinear(nn.Linear):
             nn.init.zeros_(self.lora_B.weight)
         self.scaling = scaling
         self.dropout = dropout
-        self.base_weight: Tensor | None = None  # kept while merged
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight, self.bias)
-        if self.base_weight is not None:
-            return y
         x = F.dropout(x, self.dropout, self.training) if self.dropout else x
         low_rank = F.linear(x, self.lora_A.weight.to(x.dtype)) * self.scaling  # (..., r)
         return y + F.linear(low_rank, self.lora_B.weight.to(x.dtype))
-
-    @torch.no_grad()
-    def merge(self) -> None:
-        """Add the adapter to the weight. The base's tensor, which a judge may share, is kept, not changed."""
-        if self.base_weight is None:
-            delta = self.lora_B.weight @ self.lora_A.weight * self.scaling  # (out, in) float32
-            self.base_weight = self.weight.data
-            self.weight = nn.Parameter((self.base_weight.float() + delta).to(self.base_weight.dtype), False)
-
-    def unmerge(self) -> None:
-        """Undo merge, exactly."""
-        if self.base_weight is not None:
-            self.weight, self.base_weight = nn.Parameter(self.base_weight, False), None
 
 
 def add_lora(
@@ -387,7 +379,8 @@ class Embedder(nn.Module):
 
     def tokenize(self, texts: list[str], kind: str) -> list[list[int]]:
         """Token ids of each text, prompt included, at most max_length, never empty. kind: query, document."""
-        prompt = self.prompts[kind]
+        if (prompt := self.prompts.get(kind)) is None:
+            raise InputError(f"{kind!r} is no kind of text here; use {', '.join(map(repr, self.prompts))}")
         encoded = self.tokenizer.encode_batch_fast([(prompt + text)[: self._characters] for text in texts])
         nothing = [self.decoder.config.eos_token_id or 0]  # an empty text still gets an embedding
         return [encoding.ids or nothing for encoding in encoded]
@@ -397,8 +390,8 @@ class Embedder(nn.Module):
         input_ids, lengths = pad(token_ids, self.device)  # (B, T), (B,)
         mixed = self.dtype != self.decoder.embed_tokens.weight.dtype
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=mixed):
-            hidden = self.decoder(input_ids, last=lengths - 1)  # (B, 1, C)
-        return F.normalize(exact(hidden[:, 0]), dim=-1)
+            hidden = self.decoder.last(input_ids, lengths)  # (B, C)
+        return F.normalize(exact(hidden), dim=-1)
 
     def describe(self) -> dict:
         """What decides the embeddings beside the weights."""
@@ -410,3 +403,33 @@ class Embedder(nn.Module):
             "dim": self.dim,
             "dtype": str(self.dtype).removeprefix("torch."),
         }
+
+
+# The judge
+
+
+def learns(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def read_prefix(judge: CausalLM, batch: JudgeBatch) -> Cache:
+    """Keys and values of all before the injected rows: no score reaches them, so a frozen judge needs no
+    graph."""
+    with nullcontext() if learns(judge) else torch.no_grad():
+        return judge.model.read(batch.prefix_ids, batch.prefix_lengths)
+
+
+def target_loss(
+    judge: CausalLM, batch: JudgeBatch, prefix: Cache | None = None, change: Change | None = None
+) -> Tensor:
+    """Each prompt's mean next-token loss over its target tokens, (B,) float32, in nats.
+
+    prefix: the batch's, if it was read before. change: what is done to the judge's attention in the suffix.
+    """
+    prefix = prefix or read_prefix(judge, batch)
+    hidden = judge.model(batch.suffix_ids, prefix, change)  # (B, T, C)
+    # Only the rows that predict target tokens reach the output projection: 152k words outweigh a layer.
+    logits = judge.lm_head(hidden.flatten(0, 1)[batch.target_rows])  # (K, V)
+    nll = F.cross_entropy(exact(logits), batch.target_ids, reduction="none")  # (K,)
+    owner = batch.target_owner.to(nll.dtype)  # (B, K)
+    return owner @ nll / owner.sum(-1)

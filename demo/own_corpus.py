@@ -5,7 +5,7 @@ Your own texts from beginning to end: files in, rows out of them, a trained retr
     python demo/own_corpus.py path/to/texts --judge DIR --retriever DIR --steps 1000
 
 1. Every .txt and .md file below the folder becomes a document of OUT/corpus.jsonl; its name is the title.
-2. `dream.py mine --from-text` cuts the documents into passages and makes training rows of them.
+2. `tools.mine --from-text` cuts the documents into passages and makes training rows of them.
 3. `dream.py train` trains on the rows. Ctrl-C ends it with the step; the same command goes on from there.
 4. `tools.search` answers the question from the passages, or asks for questions.
 
@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
         "--retriever", default=demo, help="what the retriever starts from (default: likewise)"
     )
     parser.add_argument(
-        "--recipe", choices=["next", "rest"], default="next", help="of the rows, see dream.py mine"
+        "--recipe", choices=["next", "rest"], default="next", help="of the rows, see tools.mine"
     )
     parser.add_argument("--steps", type=int, default=100, help="of training (default: %(default)s)")
     args = parser.parse_args(argv)
@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
         number = write_corpus(args.texts, Path(corpus))
         print(f"{corpus}: {number:,} documents")
         mined = ["--corpus", corpus, "--judge", flags["judge"], "--out", rows]
-        run("dream.py", "mine", "--from-text", args.recipe, *mined)
+        run("-m", "tools.mine", "--from-text", args.recipe, *mined)
         if (out / "run" / "settings.json").exists():
             check_begun(out / "run", Path(rows), flags)
             run("dream.py", "train", "--resume", trained)

@@ -154,6 +154,14 @@ def resolve_datasets(name: str, split: str | None = None, flag: str = "--dataset
     )
 
 
+def resolve_dataset(name: str, split: str | None = None, flag: str = "--dataset") -> RetrievalDataset:
+    """The dataset of a name that has no parts. Raises InputError."""
+    dataset, *others = resolve_datasets(name, split, flag)
+    if others:
+        raise InputError(f"{flag} {name}: has several parts; give one of them")
+    return dataset
+
+
 def _load_parts(path: Path, name: str, split: str | None) -> list[RetrievalDataset]:
     """The dataset of a folder or zip, or those of its sub-folders (cqadupstack)."""
     parts = sorted(file.parent for file in path.glob("*/corpus.jsonl")) if path.is_dir() else []

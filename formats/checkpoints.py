@@ -10,10 +10,9 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from data import PromptBuilder
 from model import CausalLM, Config, Decoder, add_token
 from support.files import InputError, inside, read_json, write_atomic
-from support.hub import find_folder
-from support.runs import resolve_run
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -173,9 +172,8 @@ def _assign(module: nn.Module, tensors: dict[str, Tensor], where: Path) -> None:
 class Checkpoint:
     """A folder with config.json and safetensors. Every model built from one Checkpoint shares its tensors."""
 
-    def __init__(self, folder: str | Path, device: torch.device, dtype: torch.dtype):
-        self.folder = find_folder(resolve_run(folder) if Path(folder).is_dir() else folder)
-        self.device, self.dtype = device, dtype
+    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype):
+        self.folder, self.device, self.dtype = Path(folder), device, dtype
         if (self.folder / "adapter_config.json").exists():
             merge = "python -m tools.export --format merged"
             raise InputError(
@@ -252,6 +250,18 @@ def load_tokenizer(folder: Path, config: Config) -> Tokenizer:
             if not ids or ids[place] != number:
                 add_token(tokenizer, form.format(token), token, number)
     return tokenizer
+
+
+def make_builder(folder: Path, template: str, context: int = 0, max_target: int = 32) -> PromptBuilder:
+    """The prompts of the judge in `folder`, in its own tokens; a BOS where its tokenizer puts one.
+
+    context: tokens of a prompt, at most the judge's; 0 for that, or 8192.
+    """
+    config = read_config(folder / "config.json")
+    tokenizer = load_tokenizer(folder, config)
+    with_own, plain = (tokenizer.encode("a", add_special_tokens=own).ids for own in (True, False))
+    bos = with_own[0] if with_own[:1] != plain[:1] else None
+    return PromptBuilder(tokenizer, min(context or 8192, config.context), max_target, template, bos)
 
 
 def save_weights(module: CausalLM | Decoder, folder: Path, dtype: torch.dtype) -> None:

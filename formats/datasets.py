@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data import CandidatePool, Document
+from data import Document
 from support.files import InputError, JsonLines, Part, open_seekable, part_name, safe_members
 
 
@@ -32,7 +32,7 @@ class RetrievalDataset:
     task: str = ""  # mteb's name of it
     subset: str = "default"  # of mteb's task
     revision: str = ""  # of the copy that was read
-    documents: "Corpus | CandidatePool" = field(kw_only=True)
+    documents: "Corpus" = field(kw_only=True)
 
     @property
     def num_documents(self) -> int:
@@ -64,8 +64,14 @@ class Ids(Sequence[str]):
         return self._letters[self._ends[index] : self._ends[index + 1]].decode()
 
 
+IDS = ("_id", "id", "docid")
+TEXTS = ("text", "contents", "body", "passage")  # BEIR's name, then those of Pyserini and others
+
+
 class Corpus:
     """The documents of a corpus.jsonl {_id, title, text}: streamed, or fetched by number.
+
+    An id may also be called id or docid, a text contents, body or passage.
 
     Every line is read once at the start; what stays in memory are ids and offsets, about 40 bytes a document.
     repeats: a document that stands there again is left out; otherwise that is an error. Raises InputError.
@@ -106,15 +112,22 @@ class Corpus:
     def __getitem__(self, index: int) -> tuple[str, Document]:
         """Its id, and its title and text as they stand there: BEIR strips them only when they are joined."""
         lines, value = self._lines, self._lines[index]
-        title, text = (lines.text(index, value, key, default="", strip=False) for key in ("title", "text"))
-        return identifier(lines, index, value), Document(title, text)
+        doc_id = identifier(lines, index, value)
+        key = next((key for key in TEXTS if key in value), "text")
+        if key not in value and "title" not in value:
+            found = ", ".join(map(repr, value)) or "nothing"
+            raise InputError(
+                f"{lines.where(index)}: no text; expected '_id', 'title' and 'text', found {found}"
+            )
+        title, text = (lines.text(index, value, name, default="", strip=False) for name in ("title", key))
+        return doc_id, Document(title, text)
 
     def __iter__(self) -> Iterator[tuple[str, Document]]:
         return (self[index] for index in range(len(self)))
 
 
 def identifier(lines: JsonLines, index: int, value: dict, *keys: str) -> str:
-    key = next((key for key in keys or ("_id", "id") if key in value), "_id")
+    key = next((key for key in keys or IDS if key in value), "_id")
     identifier = value.get(key)
     if isinstance(identifier, int) and not isinstance(identifier, bool):
         return str(identifier)

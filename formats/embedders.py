@@ -12,8 +12,9 @@ from tokenizers import Tokenizer
 from formats.checkpoints import Checkpoint, broken, load_tokenizer, save_weights
 from model import PROJECTIONS, Decoder, Embedder, add_lora, lora_layers
 from support.files import InputError, inside, read_json, write_atomic
-from support.hub import HUB_NAME, find_folder
-from support.runs import resolve_run
+from support.hub import HUB_NAME
+from support.launch import pick_device, pick_dtype
+from support.runs import locate
 
 # sentence-transformers' names; only the last is read
 POOLINGS = (
@@ -27,17 +28,26 @@ POOLINGS = (
 
 
 def load_embedder(
-    folder: str | Path, device: torch.device, dtype: torch.dtype, max_length: int | None = None
+    name: str | Path,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    max_length: int | None = None,
 ) -> Embedder:
-    """An embedder from a training run, one of its checkpoints, a PEFT adapter folder or a plain checkpoint.
+    """An embedder from a training run, one of its checkpoints, a PEFT adapter, a plain checkpoint; or by its
+    name on the hub, owner/name[@revision].
 
-    max_length, prompts and EOS are those saved with it; the argument overrides the length. Raises InputError.
+    device, dtype: picked when not given. max_length, prompts and EOS are those saved with it; the argument
+    overrides the length. Raises InputError.
+
+        >>> embedder = load_embedder("runs/demo")
     """
-    folder = find_folder(resolve_run(folder))
+    folder = locate(name)
+    device = pick_device(device)
+    dtype, _ = pick_dtype(dtype, device)
     settings = read_embedding_settings(folder)
     weights = settings.pop("transformer")
     if (weights / "adapter_config.json").exists():
-        checkpoint = Checkpoint(adapter_base(weights), device, dtype)
+        checkpoint = Checkpoint(locate(adapter_base(weights)), device, dtype)
         decoder = checkpoint.decoder()
         load_adapter(decoder, weights)
     else:
@@ -97,12 +107,20 @@ def read_embedding_settings(folder: Path) -> dict:
         default_length = int(min(known or 512, 1 << 20))  # 1e30 there means none
     limits = transformer / "sentence_bert_config.json"  # beside the weights, wherever they lie
     settings = read_json(limits) if limits.exists() else read("sentence_bert_config.json")
+    where = limits if limits.exists() else folder / "sentence_bert_config.json"
     if settings.get("do_lower_case"):
-        raise InputError(f"{folder}/sentence_bert_config.json: do_lower_case is not supported")
+        raise InputError(f"{where}: do_lower_case is not supported")
+    if "message" in (settings.get("modality_config") or {}):  # sentence-transformers 6, a base for chats
+        raise InputError(
+            f"{where}: its texts go through a chat template (modality_config has 'message'), which is not "
+            "supported; remove 'message' there to embed the bare texts"
+        )
+    if config.get("truncate_dim"):
+        told = f"truncate_dim is {config['truncate_dim']!r}, and shortened embeddings are not supported"
+        raise InputError(f"{folder}/config_sentence_transformers.json: {told}; remove it to get all columns")
     max_length = settings.get("max_seq_length") or default_length
     if type(max_length) is not int or max_length < 1:
-        path = folder / "sentence_bert_config.json"
-        raise InputError(f"{path}: max_seq_length is {max_length!r}, expected a positive number of tokens")
+        raise InputError(f"{where}: max_seq_length is {max_length!r}, expected a positive number of tokens")
     prompts = config.get("prompts") or {}
     if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
         raise InputError(f"{folder}/config_sentence_transformers.json: 'prompts' must be names and texts")
@@ -112,6 +130,22 @@ def read_embedding_settings(folder: Path) -> dict:
         "prompts": prompts,
         "append_eos": bool(config.get("append_eos")),
     }
+
+
+def as_saved(folder: Path, given: dict) -> dict:
+    """The settings of a training that `given` leaves open, as the checkpoint in `folder` was saved with them.
+
+    max_length, query_prompt, document_prompt, append_eos; what is not the default is printed.
+    """
+    saved, defaults = read_embedding_settings(folder), (512, "", "", False)
+    own = {"max_length": saved["max_length"]}
+    own |= {f"{kind}_prompt": saved["prompts"].get(kind, "") for kind in ("query", "document")}
+    own |= {"append_eos": saved["append_eos"]}
+    own = {name: value for name, value in own.items() if given[name] in (0, None, False)}
+    told = [f"{n}={v!r}" for (n, v) in own.items() if v not in defaults]
+    if told:
+        print(f"as {folder} was saved: {', '.join(told)}", flush=True)
+    return own
 
 
 def adapter_base(folder: Path) -> str:

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from formats.datasets import Corpus, RetrievalDataset
+from formats.datasets import RetrievalDataset
 from model import Embedder, lora_layers
 from support.files import InputError, write_atomic
 
@@ -48,7 +48,6 @@ class EmbeddingStore:
         digest: str | None = None,  # `fingerprint`'s, where it is known: it takes reading all weights
     ):
         how = {**embedder.describe(), "model": digest or fingerprint(embedder), "stored_as": str(dtype)}
-        assert isinstance(dataset.documents, Corpus)  # candidates of a training are not kept
         key = json.dumps(how | {"corpus": dataset.documents.fingerprint}, sort_keys=True)
         self.folder = folder / hashlib.blake2b(key.encode(), digest_size=12).hexdigest()
         self.dtype, self.dim = dtype, embedder.dim

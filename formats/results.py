@@ -41,11 +41,19 @@ def _languages(dataset: RetrievalDataset) -> list[str]:
     return ["deu-Latn"] if dataset.task == "LegalQuAD" else ["eng-Latn", *CODE.get(dataset.task, [])]
 
 
-def write_mteb(folder: Path, model: str, revision: str, results: list[tuple[RetrievalDataset, dict]]) -> None:
-    """Result files as mteb writes and reads them: FOLDER/results/MODEL/REVISION/TASK.json."""
+def write_mteb(
+    folder: Path, model: str, revision: str, datasets: list[RetrievalDataset], results: list[dict]
+) -> None:
+    """Result files as mteb writes and reads them: FOLDER/results/MODEL/REVISION/TASK.json.
+
+    results: of the first datasets, as in eval.py --json. A model that is a folder is called local/NAME.
+    """
+    model, own = model.partition("@")[0], Path(model).resolve()
+    if own.exists():
+        model = f"local/{own.parent.name}-{own.name}" if own.match("step-*") else f"local/{own.name}"
     folder = folder / "results" / model.replace("/", "__").replace(" ", "_") / revision
     tasks: dict[str, list[tuple[RetrievalDataset, dict]]] = {}
-    for dataset, result in results:
+    for dataset, result in zip(datasets, results, strict=False):
         tasks.setdefault(dataset.task, []).append((dataset, result))
     for task, parts in tasks.items():
         scores: dict[str, list[dict]] = {}

@@ -9,20 +9,26 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 from support.files import InputError
 
 CPU = torch.device("cpu")
 
 
-def pick_device(name: str = "auto") -> torch.device:
-    """The device of a flag; auto is CUDA where there is one."""
+def pick_device(name: str | torch.device | None = None) -> torch.device:
+    """The device of a flag; auto, or None, is CUDA where there is one."""
+    if isinstance(name, torch.device):
+        return name
+    name = name or "auto"
     if name == "auto":
         return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else CPU
     try:
@@ -36,8 +42,11 @@ def pick_device(name: str = "auto") -> torch.device:
     return device
 
 
-def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """The compute dtype of a flag, and the reason to print beside it."""
+def pick_dtype(name: str | torch.dtype | None, device: torch.device) -> tuple[torch.dtype, str]:
+    """The compute dtype of a flag, and the reason to print beside it; None is auto."""
+    if isinstance(name, torch.dtype):
+        return name, "asked for"
+    name = name or "auto"
     named = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name in named:
         return named[name], "asked for"
@@ -48,6 +57,17 @@ def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     if torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.bfloat16, "the GPU has bfloat16 units"
     return torch.float32, "the GPU has no bfloat16 units, and float16 overflows"
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Float32 products in float32: no TF32, whatever a caller has set for its training."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def join_processes() -> tuple[int, int]:
@@ -77,6 +97,12 @@ def join_processes() -> tuple[int, int]:
     return torch.distributed.get_rank(), processes
 
 
+def one_process(name: str) -> None:
+    """Refuse torchrun, for a command whose processes would all do the same work. Raises InputError."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise InputError(f"{name} runs in one process, without torchrun")
+
+
 def leave_processes(failed: bool = False, status: int = 0) -> int:
     """End the process group, and with it its threads: one that outlives the interpreter may abort it.
 
@@ -90,6 +116,17 @@ def leave_processes(failed: bool = False, status: int = 0) -> int:
             os._exit(status)
         torch.distributed.destroy_process_group()
     return status
+
+
+def add_up(stats: dict[str, Tensor], parameters: list[torch.nn.Parameter]) -> dict[str, Tensor]:
+    """The sums of a training step and the gradients, added up over all processes; one message for all."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([*(gradient.flatten() for gradient in gradients), torch.stack(list(stats.values()))])
+    torch.distributed.all_reduce(flat)
+    *parts, sums = flat.split([*(gradient.numel() for gradient in gradients), len(stats)])
+    for gradient, part in zip(gradients, parts, strict=True):
+        gradient.copy_(part.view_as(gradient))
+    return dict(zip(stats, sums, strict=True))
 
 
 def run_command(name: str, work: Callable[[], int | None], interrupted: str = "interrupted") -> int:
@@ -140,12 +177,23 @@ def code_version() -> str | None:
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's, which takes no abbreviations and names the flag that a mistyped one may stand for."""
+    """argparse's, which takes no abbreviations and names the flag that a mistyped one may stand for.
 
-    def __init__(self, prog: str | None = None, **options: Any):
+    gone: flags and commands of earlier versions, and what to say of them.
+    """
+
+    def __init__(self, prog: str | None = None, gone: dict[str, str] | None = None, **options: Any):
+        options.setdefault(
+            "formatter_class", partial(argparse.RawDescriptionHelpFormatter, max_help_position=34)
+        )
         super().__init__(prog, allow_abbrev=False, **options)
+        self.gone = gone or {}
 
     def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
+        args = list(sys.argv[1:] if args is None else args)
+        for word in [*args[:1], *(text.partition("=")[0] for text in args if text.startswith("--"))]:
+            if word in self.gone:
+                self.error(f"{word} {self.gone[word]}")
         namespace, unknown = super().parse_known_args(args, namespace)
         for flag in (text.partition("=")[0] for text in unknown if text.startswith("-")):
             known = [name for action in self._actions for name in action.option_strings]

@@ -1,4 +1,21 @@
-"""What is printed as a table."""
+"""What is printed for a person to read: tables, settings, the map of heads."""
+
+import sys
+import textwrap
+from typing import Any
+
+
+def print_header(width: int) -> None:
+    """The head of the table whose rows `print_result` prints; width: of the longest dataset's name."""
+    columns = "  ".join(f"{name:>10}" for name in ("documents", "NDCG@10", "recall@100", "MAP", "MRR@10"))
+    print(f"\n{'dataset':{width}}  {'split':8}  {'queries':>8}  {columns}", flush=True)
+
+
+def print_averages(averages: dict[str, dict[str, float]]) -> None:
+    for name, metrics in averages.items():
+        part = f"{name}: NDCG@10 {metrics['ndcg@10']:.4f}, the mean of its parts"
+        mean = f"mean NDCG@10: {metrics['ndcg@10']:.4f}, each benchmark counted once"
+        print(mean if name == "mean" else part)
 
 
 def print_result(result: dict, width: int) -> None:
@@ -14,3 +31,75 @@ def print_result(result: dict, width: int) -> None:
         )
     if number := result["queries_with_ties_beyond_k"]:
         print(f"  note: {number:,} queries tie at rank k with documents beyond the margin: an arbitrary cut")
+
+
+def print_settings(settings: dict[str, Any], device: object, dtype: object, reason: str) -> None:
+    """All settings, on as few lines as they need."""
+    pairs = [
+        f"{name}={value!r}" if "\n" in str(value) else f"{name}={value}"
+        for name, value in sorted(settings.items())
+        if name not in ("device", "dtype")
+    ]
+    print(textwrap.fill("  ".join(pairs), 100, break_on_hyphens=False, break_long_words=False))
+    print(f"device={device}  dtype={str(dtype).removeprefix('torch.')} ({reason})", flush=True)
+
+
+def head_map(scores: list[list[float]], heads: list[tuple[int, int]]) -> str:
+    """The layer x head map for a terminal: scores in percent of the best, chosen heads in brackets."""
+    chosen, top = set(heads), max(*map(max, scores), 1e-12)
+    lines = ["layer  head " + "".join(f"{head:^5}" for head in range(len(scores[0])))]
+    for layer, row in enumerate(scores):
+        cells = (round(100 * max(score, 0.0) / top) for score in row)
+        marked = (
+            f"[{cell:>3}]" if (layer, head) in chosen else f" {cell:>3} " for head, cell in enumerate(cells)
+        )
+        lines.append(f"{layer:>5}       " + "".join(marked))
+    return "\n".join(lines)
+
+
+def print_report(labels: dict | None, num_rows: int, num_heads: int, total: int, report: dict) -> None:
+    """Whether the chosen heads can teach: what related/qrhead.py's `describe_heads` found."""
+    kinds = ", ".join(f"{count} by {kind}" for kind, count in (labels or {}).items() if count)
+    gain, best = report["context_gain"], report["steering_best_is_relevant"]
+    print(
+        f"{num_heads} of {total} heads, on {num_rows} rows set aside"
+        + (f" (relevant document known: {kinds})" if kinds else "")
+    )
+    print(f"  documents' share of their attention   {report['budget']:.2f}")
+    print(
+        "  context gain                          " + (f"{gain:.2f} nats" if gain is not None else "unknown")
+    )
+    print(
+        f"  steering range                        {report['steering_range']:.2f} nats"
+        + (f", best candidate is the relevant one in {best:.0%}" if best is not None else "")
+    )
+    if report["steering_range"] < 0.05:
+        print("warning: the steering range is under 0.05 nats: these heads cannot teach")
+    if labels and labels["none"] == num_rows:
+        print("note: no row tells its relevant document; heads are ranked by the gradient of the loss")
+    sys.stdout.flush()
+
+
+def print_training(results: dict[str, list[dict]]) -> None:
+    """A run's NDCG@10 before and after training, beside BM25; results.json's content."""
+    print(f"\n{'NDCG@10':32}{'queries':>8}{'BM25':>9}{'before':>9}{'after':>9}")
+    for bm25, before, after in zip(*(results[key] for key in ("bm25", "before", "after")), strict=True):
+        figures = "".join(f"{result['metrics']['ndcg@10']:9.4f}" for result in (bm25, before, after))
+        print(f"{after['dataset']:32}{after['queries']:8,}{figures}")
+        for group, means in sorted(after.get("groups", {}).items()):
+            own = [result["groups"][group]["ndcg@10"] for result in (bm25, before, after)]
+            print(f"  {group:30}{means['queries']:8,}" + "".join(f"{figure:9.4f}" for figure in own))
+
+
+def warn_about_temperature(effective: float, candidates: int, temperature: float) -> None:
+    """At the first step: effective, of the candidates, have weight."""
+    if effective < 1.5:
+        print(
+            f"warning: of {candidates} candidates {effective:.2f} have weight; raise --temperature "
+            f"(now {temperature:g}), or one random document wins at the start"
+        )
+    elif effective > 0.98 * candidates:
+        print(
+            f"warning: the weights are uniform ({effective:.2f} of {candidates} candidates); lower "
+            f"--temperature (now {temperature:g}), or the scores will not matter"
+        )

@@ -33,15 +33,16 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-import attention
-import dream
 import eval as yardstick
-import formats.checkpoints
-import formats.embedders
 import model
-import support.launch
+from attention import Injection, attention, document_bias, head_tensors, log_softmax_scores
 from data import Document, Prompt, PromptBuilder, Row, collate, pad, token_batches
+from dream import GROUP_TOKENS, Dream, prepare, training_step
+from formats.checkpoints import Checkpoint, read_config, save_weights
 from formats.datasets import load_dataset
+from formats.embedders import load_embedder, save_embedder
+from related.qrhead import Reader
+from support.launch import pick_device
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -97,7 +98,7 @@ class World:
 
     def __init__(self, args: argparse.Namespace, network: str, folder: Path):
         self.args, self.network, self.folder = args, network, folder
-        self.device = support.launch.pick_device(args.device)
+        self.device = pick_device(args.device)
         self.cuda = self.device.type == "cuda"
         self.dtype = torch.bfloat16 if self.cuda else torch.float32
         self.peak = H200_PEAK if self.cuda else 0.0
@@ -179,7 +180,7 @@ def random_model(world: World, name: str, **changes) -> model.CausalLM:
     path.write_text(json.dumps(figures))
     torch.manual_seed(0)
     with torch.device(world.device):
-        network = model.CausalLM(formats.checkpoints.read_config(path))
+        network = model.CausalLM(read_config(path))
     for parameter in network.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.05)
@@ -230,7 +231,7 @@ class Bench:
         layers, heads = self.config.num_hidden_layers, self.config.num_attention_heads
         middle = [(layer, head) for layer in range(layers // 3, 2 * layers // 3) for head in range(heads)]
         self.first_layer = layers // 3
-        self.heads = dream.head_tensors(random.Random(0).sample(middle, HEADS), self.device)
+        self.heads = head_tensors(random.Random(0).sample(middle, HEADS), self.device)
         self.builder = PromptBuilder(
             word_tokenizer(), 8192, TARGET_TOKENS, "Read: {documents} {query} {target}"
         )
@@ -243,13 +244,11 @@ class Bench:
     def whole(self, prompts: list[Prompt]) -> torch.Tensor:
         return pad([prompt.input_ids[:-1] for prompt in prompts], self.device)[0]
 
-    def whole_injection(self, log_weights: torch.Tensor, prompts: list[Prompt]) -> attention.Injection:
-        """For prompts that are read in one go: the question's and the target's rows are injected."""
-        batch = collate(prompts, self.device, "suffix")
-        first = batch.prefix_lengths
-        start = min(prompt.question_start for prompt in prompts)
-        documents = F.pad(batch.documents, (0, batch.suffix_ids.shape[1]), value=CANDIDATES)
-        return attention.Injection(log_weights, documents, self.heads, True, first, start)
+    def injection(self, log_weights: torch.Tensor, prompts: list[Prompt]) -> tuple[Injection, int]:
+        """For prompts that are read in one go, all of one length: what is injected, and from which row on."""
+        (start,) = {prompt.question_start for prompt in prompts}
+        documents = collate(prompts, self.device, "suffix").documents
+        return Injection(log_weights, documents, self.heads), start
 
     def whole_loss(self, hidden: torch.Tensor, prompts: list[Prompt]) -> torch.Tensor:
         logits = self.judge.lm_head(hidden)  # (B, T, V) everywhere
@@ -259,21 +258,38 @@ class Bench:
         return F.cross_entropy(rows.float(), ids)
 
 
-def naive_attention(q, k, v, visible=None, injection=None, layer=0):
-    """Full matrices of logits, bias and softmax for all heads of an injected layer."""
-    if injection is None or layer not in injection.heads:
-        return attention.attention(q, k, v, visible)
-    group, rows = q.shape[1] // k.shape[1], torch.arange(q.shape[2], device=q.device)
-    k, v = (x.repeat_interleave(group, 1).float() for x in (k, v))
-    logits = q.float() @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # (B, Hq, T, T)
-    heads = injection.heads[layer]
-    own = attention.document_bias(logits[:, heads], injection.documents, injection.log_weights)
-    index = injection.documents[:, None, None].expand(-1, len(heads), q.shape[2], -1)
-    own = F.pad(own, (0, 1)).gather(-1, index)  # (B, H, T, T)
-    injected = (rows >= injection.first_row[:, None])[:, None, :, None]  # (B, 1, T, 1)
-    bias = torch.zeros_like(logits).index_copy(1, heads, own.masked_fill(~injected, 0.0))
-    bias = bias.masked_fill(rows[:, None] < rows, -torch.inf)
-    return ((logits + bias).softmax(-1) @ v).to(q.dtype)
+def after_documents(injection: Injection, start: int) -> model.Change:
+    """The injection, of the rows from `start` on, in a prompt that is read in one go."""
+
+    def change(out, q, k, v, visible, layer):
+        rows = torch.arange(start, q.shape[2], device=q.device)
+        visible = (torch.arange(q.shape[2], device=q.device) <= rows[:, None]).expand(len(q), -1, -1)
+        injected = injection(out[:, :, start:], q[:, :, start:], k, v, visible, layer)
+        return torch.cat([out[:, :, :start], injected], dim=2)
+
+    return change
+
+
+def naive(injection: Injection, start: int) -> model.Change:
+    """The same by full matrices of logits, bias and softmax, for all heads of an injected layer."""
+
+    def change(out, q, k, v, visible, layer):
+        if layer not in injection.heads:
+            return attention(q, k, v, visible)
+        group, rows = q.shape[1] // k.shape[1], torch.arange(q.shape[2], device=q.device)
+        k, v = (x.repeat_interleave(group, 1).float() for x in (k, v))
+        logits = q.float() @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # (B, Hq, T, T)
+        heads = injection.heads[layer]
+        documents = F.pad(injection.documents, (0, q.shape[2] - start), value=CANDIDATES)
+        own = document_bias(logits[:, heads], documents, injection.log_weights)
+        index = documents[:, None, None].expand(-1, len(heads), q.shape[2], -1)
+        own = F.pad(own, (0, 1)).gather(-1, index)  # (B, H, T, T)
+        own = own.masked_fill((rows < start)[:, None], 0.0)
+        bias = torch.zeros_like(logits).index_copy(1, heads, own)
+        bias = bias.masked_fill(rows[:, None] < rows, -torch.inf)
+        return ((logits + bias).softmax(-1) @ v).to(q.dtype)
+
+    return change
 
 
 # Rows: judge, step, injection
@@ -291,23 +307,28 @@ def judge_works(world: World) -> Works:
     def gradient(objective) -> torch.Tensor:
         leaf = embeddings.clone().requires_grad_()
         scores = torch.einsum("bc,bnc->bn", leaf[:, 0], leaf[:, 1:])
-        objective(dream.log_softmax_scores(scores, batch.present, 0.05)).backward()
+        objective(log_softmax_scores(scores, batch.present, 0.05)).backward()
         return leaf.grad
 
     def ours() -> torch.Tensor:
-        return gradient(lambda weights: dream.dream_loss(bench.judge, batch, weights, bench.heads).mean())
+        def loss(weights: torch.Tensor) -> torch.Tensor:
+            injection = Injection(weights, batch.documents, bench.heads)
+            return model.target_loss(bench.judge, batch, change=injection).mean()
 
-    def naive(weights: torch.Tensor) -> torch.Tensor:
-        injection = bench.whole_injection(weights, bench.prompts)
-        hidden = bench.judge.model(bench.whole(bench.prompts), injection=injection)
-        return bench.whole_loss(hidden, bench.prompts)
+        return gradient(loss)
 
     def theirs() -> torch.Tensor:
-        attention.attention = naive_attention
+        def loss(weights: torch.Tensor) -> torch.Tensor:
+            change = naive(*bench.injection(weights, bench.prompts))
+            return bench.whole_loss(
+                bench.judge.model(bench.whole(bench.prompts), None, change), bench.prompts
+            )
+
+        model.attention = lambda q, k, v, visible=None: q  # the change does all of it, nothing is done twice
         try:
-            return gradient(naive)
+            return gradient(loss)
         finally:
-            attention.attention = attention.attention
+            model.attention = attention
 
     world.bench = bench
     return {"ours": ours, "theirs": theirs}
@@ -339,18 +360,13 @@ def step_works(world: World) -> Works:
     retriever, rows = bench.retriever, bench.rows
     texts = [row.query for row in rows] + [d.text for row in rows for d in row.documents]
     ids = retriever.tokenize(texts, "document")
-    args = {"objective": "dream", "temperature": 0.05, "judge_batch": judge_batch, "lora_dropout": 0.0}
-    args |= {"inject_rows": "target", "document_mass": "keep"}
-
-    def objective(scored):
-        return dream.dream_objective(scored, bench.judge, bench.heads, argparse.Namespace(**args))
+    objective = Dream(Reader(bench.judge, bench.builder, bench.device, judge_batch))
+    objective.heads = bench.heads
 
     def step(retriever_batch: int) -> Callable[[], object]:
-        own = argparse.Namespace(**args, retriever_batch=retriever_batch)
-
         def work() -> float:
-            prepared = dream.prepare_rows(retriever, bench.builder, rows, own, (0, 1))
-            stats = dream.training_step(retriever, objective, prepared, own, (0, 1))
+            batch = prepare(retriever, objective, rows, (0, 1))
+            stats = training_step(retriever, objective, batch, 0.05, retriever_batch)
             retriever.zero_grad()
             return float(stats["loss"])
 
@@ -376,7 +392,7 @@ def step_works(world: World) -> Works:
         return work
 
     if world.args.peak:  # memory: in the step's own groups
-        fastest = dict.fromkeys((True, False), dream.GROUP_TOKENS[world.device.type])
+        fastest = dict.fromkeys((True, False), GROUP_TOKENS[world.device.type])
     else:  # a floor is one only in its best batches: little padding on a CPU, full ones on a GPU
         budgets = (512, 1024, 2048, 4096) if not world.cuda else (4096, 8192, 16_384)
         fastest = {}
@@ -420,9 +436,9 @@ def injection_row(world: World) -> list[Line]:
     scores = torch.randn(len(prompts), CANDIDATES, device=world.device)
 
     def run(inject: bool) -> None:
-        own = bench.whole_injection(scores.clone().requires_grad_().log_softmax(-1), prompts)
+        own = bench.injection(scores.clone().requires_grad_().log_softmax(-1), prompts)
         leaf = bench.judge.model.embed_tokens.register_forward_hook(lambda m, i, out: out.requires_grad_())
-        hidden = bench.judge.model(ids, injection=own if inject else None)
+        hidden = bench.judge.model(ids, change=after_documents(*own) if inject else None)
         leaf.remove()
         bench.whole_loss(hidden, prompts).backward()
 
@@ -436,23 +452,24 @@ def injection_row(world: World) -> list[Line]:
 
 
 def encoder(world: World) -> tuple[Path, list[str]]:
-    """A folder with an embedder of random weights, and passages of 10 to 400 words, most of them short."""
+    """A folder with an embedder of random weights, and passages of 6 to 250 words, most of them short; the
+    words are made of syllables, the same for ever."""
     folder = world.folder / f"encoder-{world.network}"
     real = REAL_TOKENIZER if REAL_TOKENIZER.exists() else ROOT / "demo" / "checkpoint" / "tokenizer.json"
     tokenizer = Tokenizer.from_file(str(real))
     if not folder.exists():
         network = random_model(world, world.network, vocab_size=max(tokenizer.get_vocab_size(), 151_936))
-        formats.embedders.save_embedder(model.Embedder(network.model, tokenizer, 512), folder)
+        save_embedder(model.Embedder(network.model, tokenizer, 512), folder)
     draw = random.Random(0)
-    text = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "README.md", ROOT / "dream.py"))
-    words = sorted(set(re.findall(r"[A-Za-z]{2,}", text)))
-    sizes = [min(max(round(draw.lognormvariate(3.8, 0.8)), 10), 400) for _ in range(world.size(5000))]
+    syllables = [consonant + vowel for consonant in "bcdfglmnprst" for vowel in "aeiou"]
+    words = ["".join(draw.choices(syllables, k=draw.randint(1, 3))) for _ in range(1500)]
+    sizes = [min(max(round(draw.lognormvariate(3.3, 0.8)), 6), 250) for _ in range(world.size(5000))]
     return folder, [" ".join(draw.choices(words, k=size)) for size in sizes]
 
 
 def encode_row(world: World) -> list[Line]:
     folder, texts = encoder(world)
-    ours = formats.embedders.load_embedder(folder, world.device, world.dtype)
+    ours = load_embedder(folder, world.device, world.dtype)
     budget = 131_072 if world.cuda else yardstick.BATCH_TOKENS["cpu"]
     lengths = list(map(len, ours.tokenize(texts, "document")))
     works: Works = {"ours": lambda: yardstick.encode(ours, texts, "document", budget)}
@@ -492,7 +509,7 @@ def encode_row(world: World) -> list[Line]:
 def scaling_works(world: World) -> Works:
     """Streamed corpora of one, two and four blocks."""
     folder, texts = encoder(world)
-    ours = formats.embedders.load_embedder(folder, world.device, world.dtype)
+    ours = load_embedder(folder, world.device, world.dtype)
     block = len(texts) // 4
 
     def work(times: int) -> Callable[[], object]:
@@ -599,10 +616,10 @@ def load_works(world: World) -> Works:
     folder = world.folder / "1 GB"
     if not folder.exists():
         network = random_model(SimpleNamespace(**{**vars(world), "dtype": torch.float32}), "1 GB")
-        formats.checkpoints.save_weights(network, folder, torch.float32)
+        save_weights(network, folder, torch.float32)
 
     def ours() -> None:
-        checkpoint = formats.checkpoints.Checkpoint(folder, world.device, torch.float32)
+        checkpoint = Checkpoint(folder, world.device, torch.float32)
         sum(float(tensor.sum()) for tensor in checkpoint.tensors.values())
 
     def theirs() -> None:

@@ -26,17 +26,16 @@ import atheris
 import torch
 from torch import nn
 
-import formats.checkpoints
-import formats.datasets
-import formats.embedders
-import support.files
-import support.runs
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-with atheris.instrument_imports(include=["data", "model"]):
+with atheris.instrument_imports(include=["data", "model", "formats", "support"]):
     import data
+    import formats.checkpoints
+    import formats.datasets
+    import formats.embedders
     import model
+    import support.files
+    import support.runs
 from tiny import BASE, byte_tokenizer, config_file, random_lm  # noqa: E402
 
 import eval as yardstick  # noqa: E402
@@ -141,7 +140,7 @@ def network(config: model.Config) -> None:
         decoder = model.Decoder(config)
     if config.head_dim <= 64 and config.hidden_size * config.num_attention_heads <= 4096:
         model.rope_frequencies(decoder.config, CPU)
-    json.dumps(config.to_json("Qwen2Model", torch.float32))
+    json.dumps(formats.checkpoints.config_json(config, "Qwen2Model", torch.float32))
 
 
 def fuzz_config(fdp, folder: Path) -> None:
@@ -288,7 +287,7 @@ def main() -> None:
     def signature(error: BaseException) -> str:
         """The exception and the line of ours that it comes from."""
         frames = traceback.extract_tb(error.__traceback__)
-        ours = [f for f in frames if Path(f.filename).parent == ROOT] or frames
+        ours = [f for f in frames if f.filename.startswith(f"{ROOT}/") and __file__ != f.filename] or frames
         return f"{type(error).__name__} {Path(ours[-1].filename).name}:{ours[-1].lineno}"
 
     def once(raw: bytes) -> None:

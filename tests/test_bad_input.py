@@ -25,13 +25,14 @@ from tokenizers import normalizers
 
 import dream
 import eval as yardstick
-from tools import export
+from tools import export, heads, mine
 
-PROGRAMS = {"dream.py": dream.main, "eval.py": yardstick.main, "export": export.main}
+TOOLS = {"export": export.main, "heads": heads.main, "mine": mine.main}
+PROGRAMS = {"dream.py": dream.main, "eval.py": yardstick.main, **TOOLS}
 MODEL = "--judge judge --retriever judge --steps 2 --batch 2 --lora-rank 2"
 TRAIN = f"dream.py train --train rows.jsonl {MODEL} --out new"
-HEADS = "dream.py heads --train rows.jsonl --judge judge --out new.json"
-MINE = "dream.py mine --corpus data --questions questions.jsonl --out new.jsonl --judge judge --candidates 3"
+HEADS = "heads --train rows.jsonl --judge judge --out new.json"
+MINE = "mine --corpus data --questions questions.jsonl --out new.jsonl --judge judge --candidates 3"
 RESUME = "dream.py train --resume run --steps 3 --change-settings"
 EVAL = "eval.py --dataset data --model judge"
 BM25 = "eval.py --dataset data --model bm25"
@@ -1167,9 +1168,9 @@ BAD = [
     bad("flag: --seed -1 in mine", NONE, MINE + " --seed -1 --limit 1", "--seed"),
     bad("flag: --by absent in mine", NONE, MINE + " --by absent", "absent: no such folder"),
     bad("flag: --query-prompt in bytes", NONE, EVAL + " --query-prompt a\udce9", "--query-prompt: not UTF-8"),
-    bad("flag: --k 5", NONE, BM25 + " --k 5", "--k 5: must be at least 100"),
-    bad("flag: --batch-tokens 0", NONE, EVAL + " --batch-tokens 0", "--batch-tokens 0"),
-    bad("flag: --max-length 0 in eval", NONE, EVAL + " --max-length 0", "--max-length 0"),
+    bad("flag: --k 5", NONE, BM25 + " --k 5", "--k: 5 is not at least 100"),
+    bad("flag: --batch-tokens 0", NONE, EVAL + " --batch-tokens 0", "--batch-tokens: 0 is not at least 1"),
+    bad("flag: --max-length 0 in eval", NONE, EVAL + " --max-length 0", "--max-length: 0 is not at least 1"),
     bad(
         "flag: --device cuda in eval",
         NONE,
@@ -1179,10 +1180,29 @@ BAD = [
     bad("flag: --device meta in eval", NONE, EVAL + " --device meta", "--device meta"),
     bad("flag: --device mps in eval", NONE, EVAL + " --device mps", "--device mps"),
     bad("flag: --modle", NONE, "eval.py --dataset data --modle bm25", "--modle"),
+    bad(
+        "flag: a folder that is missing is not asked for at the hub",
+        NONE,
+        TRAIN.replace("--retriever judge", "--retriever ./no/such"),
+        "./no/such: no such folder; give",
+    ),
     bad("flag: an empty --dataset", NONE, "eval.py --dataset '' --model bm25", "--dataset"),
     bad("flag: a text for --k", NONE, BM25 + " --k many", "--k", "'many'"),
     bad("command: mistyped", NONE, "dream.py trian", "'trian'", "train"),
-    bad("command: none", NONE, "dream.py", "train | heads | mine"),
+    bad("command: none", NONE, "dream.py", "required", "train"),
+    bad(
+        "command: moved, mine", NONE, MINE.replace("mine", "dream.py mine", 1), "mine", "python -m tools.mine"
+    ),
+    bad("command: moved, heads", NONE, HEADS.replace("heads", "dream.py heads", 1), "python -m tools.heads"),
+    bad("flag: moved, --geometry", NONE, EVAL + " --geometry", "--geometry", "python -m tools.geometry"),
+    *[
+        bad(f"flag: removed, {flag}", NONE, f"{command} {flag}", f"{flag.split()[0]} was removed")
+        for command, flag in (
+            (TRAIN, "--refresh-candidates 2"),
+            (TRAIN, "--isolate-documents"),
+            (EVAL, "--compile"),
+        )
+    ],
     bad("command: no --judge", NONE, "dream.py train --train rows.jsonl", "--judge is missing"),
     bad("command: export without --to", NONE, "export run --format merged", "--to"),
 ]
@@ -1287,9 +1307,7 @@ def test_bad_input_is_one_line_and_exit_status_2(prepare, command, needles, file
     before = snapshot(files)
     status, lines = run(command, capsys)
     assert status == 2, f"exit status {status}, stderr: {lines}"
-    assert len(lines) == 1 and re.match(
-        r"(dream|eval|export)(\.py)?( train| heads| mine)?: error: ", lines[0]
-    ), lines
+    assert len(lines) == 1 and lines[0].startswith(f"{shlex.split(command)[0]}: error: "), lines
     assert all(needle in lines[0] for needle in needles), lines
     assert len(lines[0]) < 2000, "a message is no dump"
     after = snapshot(files)

@@ -1,14 +1,13 @@
-"""Readers, prompts and batches: what they accept, what they refuse and in which words."""
+"""Rows, prompts and batches: what they accept, what they refuse and in which words."""
 
 import gzip
 import json
 import lzma
 import re
-import zipfile
 
 import pytest
 import torch
-from tiny import byte_tokenizer, make_rows
+from tiny import byte_tokenizer, make_rows, write_rows
 from tokenizers import Tokenizer, models, normalizers
 
 from data import (
@@ -16,17 +15,17 @@ from data import (
     PromptBuilder,
     Row,
     Rows,
+    check_prompts,
     collate,
     document_block,
     fit_longest_first,
     shuffled,
     token_batches,
 )
-from formats.datasets import Corpus, load_dataset
 from formats.templates import read_template
-from support.files import InputError, JsonLines, write_atomic, writing
+from support.files import InputError
+from support.launch import CPU
 
-CPU = torch.device("cpu")
 GOOD = {"query": "q", "target": "t", "documents": ["one", {"title": "T", "text": "two"}], "positive": 1}
 
 
@@ -88,6 +87,14 @@ def test_rows_of_flagembedding_and_tevatron(tmp_path):
     assert tevatron.documents == [Document("T", "one"), Document("", "two")]
     assert flag.documents == [Document("", "T one"), Document("", "two"), Document("", "three")]
     assert tevatron.positive == flag.positive == 0 and tevatron.target == flag.target == "t"
+
+
+def test_rows_without_questions_for_revela(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"documents": ["a b c", "d e f"]}) + "\n")
+    assert Rows(path, documents_only=True)[0].documents == [Document("", "a b c"), Document("", "d e f")]
+    with pytest.raises(InputError, match="no target"):
+        Rows(path)
 
 
 BAD_ROWS = [
@@ -193,10 +200,12 @@ def test_targets_are_cut_and_counted():
     assert prompt.target_cut and len(prompt.input_ids) - prompt.target_start == 4
 
 
-def test_check_finds_what_build_would_refuse():
+def test_check_finds_what_build_would_refuse(tmp_path, capsys):
     rows = make_rows([3, 8, 2])
     builder = PromptBuilder(byte_tokenizer(), 1000, max_target=3)
-    assert builder.check(rows) == sum(prompt.target_cut for prompt in builder.build(rows)) > 0
+    assert builder.check(rows) == sum(prompt.target_cut for prompt in builder.build(rows)) == 2
+    check_prompts(Rows(write_rows(tmp_path / "rows.jsonl", rows)), builder)
+    assert capsys.readouterr().out == "2 targets cut to 3 tokens\n"
     tight = PromptBuilder(byte_tokenizer(), 190)
     tight.check([rows[0], rows[2]])
     for refuse in (tight.check, tight.build):
@@ -253,6 +262,21 @@ def test_templates_that_cannot_work(template):
         PromptBuilder(byte_tokenizer(), 1000, template=template)
 
 
+def test_a_tokenizer_that_puts_spaces_by_itself_puts_one_before_the_target():
+    """As Llama 2's: a target's first token is its first word, not a bare space."""
+    words = [
+        ("<unk>", 0.0),
+        ("▁Paris", -1.0),
+        *((letter, -2.0) for letter in "▁abcdefghijklmnopqrstuvwxyzP:"),
+    ]
+    tokenizer = Tokenizer(models.Unigram(words, unk_id=0))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    assert tokenizer.encode(" Paris").tokens == ["▁", "▁Paris"]
+    builder = PromptBuilder(tokenizer, 500)
+    (prompt,) = builder.build([Row(0, "abc", "Paris", [Document("", "abc")], 0)])
+    assert [tokenizer.id_to_token(number) for number in prompt.input_ids[prompt.target_start :]] == ["▁Paris"]
+
+
 @pytest.mark.parametrize("rows", ["target", "suffix"])
 def test_collate_splits_prompts_where_the_graph_begins(rows):
     prompts = PromptBuilder(byte_tokenizer(), 1000).build(make_rows([3, 1, 5]))
@@ -274,6 +298,9 @@ def test_collate_splits_prompts_where_the_graph_begins(rows):
 def test_shuffles_depend_on_the_seed_alone():
     assert shuffled(20, 1, 2, 3) == shuffled(20, 1, 2, 3) != shuffled(20, 1, 2, 4)
     assert sorted(shuffled(20, 5)) == list(range(20))
+    rows, builder = make_rows([5, 8]), PromptBuilder(byte_tokenizer(), 1000)
+    orders = [shuffled(5, 0, 7, 0), shuffled(8, 0, 7, 1)]
+    assert builder.shuffled(rows, 0, 7) == builder.build(rows, orders) != builder.build(rows)
 
 
 def test_token_batches():
@@ -283,118 +310,3 @@ def test_token_batches():
     for batch in batches:
         assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= 60
     assert batches[0] == [5]
-
-
-def test_write_atomic_replaces_and_leaves_nothing_behind(tmp_path):
-    write_atomic(tmp_path / "a" / "f", "one")
-    write_atomic(tmp_path / "a" / "f", "two")
-    assert (tmp_path / "a" / "f").read_text() == "two" and len(list((tmp_path / "a").iterdir())) == 1
-
-
-def beir(tmp_path, corpus=None, queries=None, qrels=None):
-    folder = tmp_path / "set"
-    (folder / "qrels").mkdir(parents=True)
-    (folder / "corpus.jsonl").write_text(
-        corpus
-        or '{"_id": "d1", "title": "T", "text": "one"}\n'
-        '{"_id": 2, "text": "two"}\n{"_id": "d3", "text": ""}\n'
-    )
-    (folder / "queries.jsonl").write_text(
-        queries
-        or '{"_id": "q1", "text": "a", "metadata": {"entity": "seen"}}\n'
-        '{"_id": "q2", "text": "b"}\n{"_id": "q3", "text": "c"}\n'
-    )
-    header = "query-id\tcorpus-id\tscore\n"
-    (folder / "qrels" / "test.tsv").write_text(qrels or header + "q1\td1\t2\nq1\t2\t0\nq2\t2\t-1\r\n")
-    return folder
-
-
-def test_beir_folder_and_zip(tmp_path):
-    folder = beir(tmp_path)
-    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
-        for file in folder.rglob("*.*"):
-            archive.write(file, f"set/{file.relative_to(folder)}")
-        archive.writestr("__MACOSX/set/._corpus.jsonl", b"what Finder leaves")
-    (folder / "README.md").write_text("---\ntitle: my notes: yes\n---\n")  # not a card as mteb's are
-    for path in (folder, tmp_path / "set.zip"):
-        dataset = load_dataset(path, "test")
-        assert dataset.name == "set" and dataset.num_documents == 3
-        assert dataset.queries == {"q1": "a", "q2": "b"}  # only those with judgements
-        assert dataset.qrels == {"q1": {"d1": 2, "2": 0}, "q2": {"2": -1}}
-        assert list(dataset.corpus()) == [("d1", "T one"), ("2", "two"), ("d3", "")]
-        assert list(dataset.corpus()) == list(dataset.corpus())
-        assert dataset.groups == {"seen": {"q1"}}
-
-
-HEADER = "query-id\tcorpus-id\tscore\n"
-BAD_SETS = [
-    ({"qrels": HEADER + "q1 d1 1\n"}, "test.tsv, line 2: expected"),
-    ({"qrels": HEADER + "q1\td1\thigh\n"}, "test.tsv, line 2: expected"),
-    ({"qrels": HEADER}, "test.tsv: no judgements"),
-    ({"qrels": HEADER + "q9\td1\t1\n"}, "query 'q9' has judgements in test but no text"),
-    (
-        {"queries": '{"_id": "q1", "text": "a"}\n{"_id": "q1", "text": "b"}\n'},
-        "line 2: _id 'q1' occurs twice",
-    ),
-    ({"queries": '{"_id": "q1"}\n'}, "line 1: 'text' is missing or empty"),
-    ({"corpus": "\n"}, "corpus.jsonl: no documents"),
-    ({"corpus": '{"text": "a"}\n'}, "corpus.jsonl, line 1: '_id' is missing"),
-    ({"corpus": '{"_id": "d1"}\n{"_id": "d1"}\n'}, "corpus.jsonl, line 2: _id 'd1' stands already on line 1"),
-    ({"corpus": '{"_id": "d1", "text": 4}\n'}, "corpus.jsonl, line 1: 'text' is int"),
-]
-
-
-@pytest.mark.parametrize("changes, message", BAD_SETS, ids=[message for _, message in BAD_SETS])
-def test_bad_datasets(tmp_path, changes, message):
-    folder = beir(tmp_path, **changes)
-    with pytest.raises(InputError) as error:
-        load_dataset(folder, "test")
-    assert message in str(error.value) and "\n" not in str(error.value)
-
-
-def test_a_missing_split_names_those_there_are(tmp_path):
-    with pytest.raises(InputError, match="no qrels for split 'dev'; splits there: test"):
-        load_dataset(beir(tmp_path), "dev")
-
-
-def test_corpus_finds_duplicate_ids(tmp_path):
-    (tmp_path / "c.jsonl").write_text(
-        '{"_id": "a", "text": "1"}\n{"_id": "b", "text": "2"}\n{"_id": "a", "text": "3"}\n'
-    )
-    with pytest.raises(InputError, match="line 3: _id 'a' stands already on line 1"):
-        Corpus(tmp_path / "c.jsonl")
-
-
-def test_json_lines_is_random_access(tmp_path):
-    path = tmp_path / "x.jsonl"
-    path.write_text("".join(f'{{"i": {i}, "pad": "{"x" * (i % 7)}"}}\n' for i in range(100)))
-    lines = JsonLines(path)
-    assert [lines[i]["i"] for i in (99, 0, 42)] == [99, 0, 42] and len(lines) == 100
-
-
-def test_two_processes_may_write_the_same_file(tmp_path, monkeypatch):
-    """Each writes its own whole copy; the last one stays, and nothing else."""
-    path = tmp_path / "key.json"
-    with writing(path) as first:
-        first.write("first")
-        monkeypatch.setattr("os.getpid", lambda: -1)
-        with writing(path) as second:
-            second.write("second")
-        assert path.read_text() == "second"
-        first.write(" of two")
-    assert path.read_text() == "first of two" and list(tmp_path.iterdir()) == [path]
-
-
-def test_a_tokenizer_that_puts_spaces_by_itself_puts_one_before_the_target():
-    """As Llama 2's: a target's first token is its first word, not a bare space."""
-    words = [
-        ("<unk>", 0.0),
-        ("▁Paris", -1.0),
-        *((letter, -2.0) for letter in "▁abcdefghijklmnopqrstuvwxyzP:"),
-    ]
-    tokenizer = Tokenizer(models.Unigram(words, unk_id=0))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    assert tokenizer.encode(" Paris").tokens == ["▁", "▁Paris"]
-    builder = PromptBuilder(tokenizer, 500)
-    (prompt,) = builder.build([Row(0, "abc", "Paris", [Document("", "abc")], 0)])
-    assert [tokenizer.id_to_token(number) for number in prompt.input_ids[prompt.target_start :]] == ["▁Paris"]

@@ -4,14 +4,14 @@ import gzip
 import hashlib
 import json
 import stat
+import sys
 import zipfile
 
 import pytest
-from loopback import Loopback
+from loopback import Loopback, commit
 
 import eval as yardstick
-import formats.catalogue
-import formats.fetch
+from formats.catalogue import BEIR, GROUPS, expand_names, resolve_dataset, resolve_datasets
 from formats.datasets import load_dataset
 from formats.fetch import download, unpack
 from support.files import InputError
@@ -52,13 +52,13 @@ def server(tmp_path, monkeypatch):
     with Loopback(files=tmp_path / "served") as server:
         monkeypatch.setenv("BEIR_URL", f"{server.url}/files")
         monkeypatch.setenv("DREAM_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(formats.fetch.time, "sleep", lambda seconds: None)
+        monkeypatch.setattr("formats.fetch.time.sleep", lambda seconds: None)
         yield server
 
 
 def serve(tmp_path, monkeypatch, name, files, md5=None):
     digest = write_zip(tmp_path / "served" / f"{name}.zip", files)
-    monkeypatch.setitem(formats.catalogue.BEIR, name, (formats.catalogue.BEIR[name][0], md5 or digest))
+    monkeypatch.setitem(BEIR, name, (BEIR[name][0], md5 or digest))
 
 
 def beir_zip(name, split="test"):
@@ -80,7 +80,7 @@ def test_a_name_is_fetched_once_and_left_whole(server, tmp_path, monkeypatch, ca
 
 def test_msmarco_is_scored_on_dev(server, tmp_path, monkeypatch):
     serve(tmp_path, monkeypatch, "msmarco", beir_zip("msmarco", "dev"))
-    (dataset,) = formats.catalogue.resolve_datasets("msmarco")
+    dataset = resolve_dataset("msmarco")
     assert (dataset.split, dataset.task) == ("dev", "MSMARCO")
 
 
@@ -121,7 +121,7 @@ def test_a_complete_part_needs_no_more_bytes(server, tmp_path):
 def refused(name, message, tmp_path):
     """The dataset is refused in one line that holds `message`, and the cache holds no part of it."""
     with pytest.raises(InputError) as error:
-        formats.catalogue.resolve_datasets(name)
+        resolve_datasets(name)
     assert message in str(error.value) and "\n" not in str(error.value)
     left = {p.name for p in (tmp_path / "cache").iterdir()}
     assert left <= {f"{name}.lock", f"{name}.zip"}, left
@@ -139,7 +139,7 @@ def test_a_corrupt_zip_is_refused_and_deleted(server, tmp_path, monkeypatch):
     content = bytearray(served.read_bytes())
     for broken in (content[: len(content) // 2], bytes(10) + content[10:60] + bytes(30) + content[90:]):
         served.write_bytes(broken)
-        monkeypatch.setitem(formats.catalogue.BEIR, "scifact", ("SciFact", hashlib.md5(broken).hexdigest()))
+        monkeypatch.setitem(BEIR, "scifact", ("SciFact", hashlib.md5(broken).hexdigest()))
         assert refused("scifact", "not a whole zip", tmp_path) == {"scifact.lock"}
     assert list((tmp_path / "cache").rglob("*.jsonl")) == []
 
@@ -160,7 +160,7 @@ def test_links_and_absurd_sizes_are_refused(tmp_path):
         archive.writestr(link, "/etc/passwd")
     with pytest.raises(InputError, match="is a link"):
         unpack(tmp_path / "l.zip", tmp_path / "out")
-    write_zip(tmp_path / "b.zip", {"set/corpus.jsonl": bytes(300 << 20)})
+    write_zip(tmp_path / "b.zip", {"set/corpus.jsonl": bytes(201 << 20)})
     with pytest.raises(InputError, match="more than 200 times its size"):
         unpack(tmp_path / "b.zip", tmp_path / "out")
     with pytest.raises(InputError, match="more than 200 times its size"):
@@ -188,26 +188,21 @@ def test_a_missing_file_is_told(server, tmp_path):
 def test_too_little_space_is_told_before_the_download(server, tmp_path, monkeypatch):
     serve(tmp_path, monkeypatch, "scifact", beir_zip("scifact"))
     usage = type("Usage", (), {"free": 10})
-    monkeypatch.setattr(formats.catalogue.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr("formats.catalogue.shutil.disk_usage", lambda path: usage)
     with pytest.raises(InputError, match="too little space; set DREAM_CACHE"):
-        formats.catalogue.expand_names(["scifact"])
+        expand_names(["scifact"])
     assert [method for method, _, _ in server.requests] == ["HEAD"]
 
 
 def test_groups_and_misspelt_names(server, capsys):
-    names = formats.catalogue.expand_names(["beir13", "beir9", "scifact"])
-    assert names == [*formats.catalogue.GROUPS["beir13"], "cqadupstack"]  # each once
+    names = expand_names(["beir13", "beir9", "scifact"])
+    assert names == [*GROUPS["beir13"], "cqadupstack"]  # each once
     assert "scifact (?)" in capsys.readouterr().out  # the server has none of them
-    assert [len(formats.catalogue.GROUPS[name]) for name in ("beir", "beir13", "beir9", "rteb")] == [
-        15,
-        13,
-        9,
-        14,
-    ]
+    assert [len(GROUPS[name]) for name in ("beir", "beir13", "beir9", "rteb")] == [15, 13, 9, 14]
     with pytest.raises(InputError, match="did you mean scifact?"):
-        formats.catalogue.resolve_datasets("scifcat")
+        resolve_datasets("scifcat")
     with pytest.raises(InputError, match="did you mean FinQARetrieval?"):
-        formats.catalogue.resolve_datasets("FinQA")
+        resolve_datasets("FinQA")
 
 
 def test_cqadupstack_is_the_mean_of_its_parts(server, tmp_path, monkeypatch, capsys):
@@ -217,6 +212,8 @@ def test_cqadupstack_is_the_mean_of_its_parts(server, tmp_path, monkeypatch, cap
     serve(tmp_path, monkeypatch, "scifact", beir_zip("scifact"))
     arguments = ["--dataset", "cqadupstack", "scifact", "--model", "bm25", "--json", str(tmp_path / "r.json")]
     assert yardstick.main([*arguments, "--per-query", "--mteb", str(tmp_path / "mteb")]) == 0
+    with pytest.raises(InputError, match="--dev cqadupstack: has several parts; give one of them"):
+        resolve_dataset("cqadupstack", flag="--dev")
     printed = capsys.readouterr().out
     assert "cqadupstack: NDCG@10 0.5000, the mean of its parts" in printed
     assert "mean NDCG@10: 0.7500, each benchmark counted once" in printed
@@ -308,9 +305,8 @@ def test_shards_compression_languages_and_all_splits(tmp_path):
     with pytest.raises(InputError, match="found en-corpus, en-qrels, en-queries"):
         load_dataset(folder, "one")
     repeated = write_files(tmp_path / "again", {**files, "en-corpus/y.jsonl": lines(CORPUS)})
-    assert (
-        load_dataset(repeated, "all", subset="en").num_documents == 2
-    )  # a document in two splits counts once
+    # A document in two splits counts once.
+    assert load_dataset(repeated, "all", subset="en").num_documents == 2
     with gzip.open(repeated / "en-corpus" / "z.jsonl.gz", "wt") as file:
         file.write(lines([{"_id": "d3", "text": "three"}]))
     assert load_dataset(repeated, "all", subset="en").num_documents == 3
@@ -341,13 +337,10 @@ def test_parquet_is_read_or_told(tmp_path, monkeypatch):
     """With pyarrow the same dataset; without it one line that says what to install."""
     folder = write_files(tmp_path / "set", mteb_files(corpus="corpus/test-00000-of-00001.jsonl"))
     expected = load_dataset(folder).fingerprint
-    source, path = (
-        folder / "corpus" / "test-00000-of-00001.jsonl",
-        folder / "corpus" / "test-00000-of-00001.parquet",
-    )
-    source.unlink()
+    (folder / "corpus" / "test-00000-of-00001.jsonl").unlink()
+    path = folder / "corpus" / "test-00000-of-00001.parquet"
     path.write_bytes(b"PAR1 not really")
-    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(InputError, match="pip install pyarrow"):
         load_dataset(folder)
     monkeypatch.undo()
@@ -363,7 +356,6 @@ def test_parquet_is_read_or_told(tmp_path, monkeypatch):
 def test_rteb_tasks_come_from_the_hub(tmp_path, monkeypatch, capsys):
     """The card first, then only the files it names for this task; a task in parts is their mean."""
     from huggingface_hub import constants
-    from loopback import commit
 
     simple = write_files(tmp_path / "simple", mteb_files())
     names = {"corpus": "corpus.jsonl", "queries": "queries.jsonl", "qrels": "qrels/test.jsonl"}
@@ -382,8 +374,8 @@ def test_rteb_tasks_come_from_the_hub(tmp_path, monkeypatch, capsys):
         write_files(parts, {f"{split}/{name}.jsonl": lines(content) for name, content in files.items()})
     (parts / "README.md").write_text("\n".join([*card, "---", ""]))
     tables = {"FinQARetrieval": ("own/finqa", commit(simple)), "CUREv1": ("own/cure", commit(parts))}
-    monkeypatch.setattr(formats.catalogue, "RTEB", tables)
-    monkeypatch.setattr(formats.catalogue, "CURE", ["all", "a", "b"])
+    monkeypatch.setattr("formats.catalogue.RTEB", tables)
+    monkeypatch.setattr("formats.catalogue.CURE", ["all", "a", "b"])
     with Loopback(repos={"datasets/own/finqa": simple, "datasets/own/cure": parts}) as hub:
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)
         template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
@@ -398,10 +390,7 @@ def test_rteb_tasks_come_from_the_hub(tmp_path, monkeypatch, capsys):
     assert "CUREv1: NDCG@10 0.5000, the mean of its parts" in printed
     (path,) = (tmp_path / "out").rglob("CUREv1.json")
     content = json.loads(path.read_text())
-    assert {split: rows[0]["ndcg_at_10"] for split, rows in content["scores"].items()} == {
-        "all": 0.5,
-        "a": 1.0,
-        "b": 0.0,
-    }
+    scores = {split: rows[0]["ndcg_at_10"] for split, rows in content["scores"].items()}
+    assert scores == {"all": 0.5, "a": 1.0, "b": 0.0}
     assert content["dataset_revision"] == commit(parts)
     assert {rows[0]["hf_subset"] for rows in content["scores"].values()} == {"en"}

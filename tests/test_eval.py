@@ -1,4 +1,4 @@
-"""The yardstick against slow twins: metrics, search, encoding, BM25, and the command line."""
+"""The yardstick against slow twins: metrics, search, encoding, and the command line."""
 
 import json
 import math
@@ -8,78 +8,25 @@ import shutil
 import subprocess
 import sys
 import time
-from collections import Counter
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from small import CountingEmbedder, random_texts, small_dataset, write_beir
 from tiny import tiny_checkpoint
-from torch import nn
 
 import eval as yardstick
-import formats.kept
-import formats.results
-import related.bm25
-import support.launch
 from formats.datasets import load_dataset
 from formats.embedders import load_embedder
-from model import add_lora
+from formats.results import write_run
 from support.files import InputError
-
-SHARED = ROOT.parent / "shared" / "data" / "beir"
-WORDS = "red blue green cats dogs berries heroes buses glass virus run runs tree trees of the a".split()
-
-
-def random_texts(count: int, seed: int, longest: int = 30) -> list[str]:
-    generator = random.Random(seed)
-    return [" ".join(generator.choices(WORDS, k=generator.randint(1, longest))) for _ in range(count)]
-
-
-def write_beir(folder: Path, documents: dict, queries: dict, qrels: dict, groups: dict | None = None) -> Path:
-    (folder / "qrels").mkdir(parents=True)
-    corpus = [{"_id": key, "title": "", "text": text} for key, text in documents.items()]
-    asked = [{"_id": key, "text": text} for key, text in queries.items()]
-    for query in asked if groups else []:
-        query["metadata"] = {"entity": groups[query["_id"]]}
-    for name, rows in (("corpus", corpus), ("queries", asked)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    lines = [f"{q}\t{d}\t{gain}\n" for q, judged in qrels.items() for d, gain in judged.items()]
-    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(lines))
-    return folder
+from support.flags import flags_of
+from support.launch import CPU, one_ahead
 
 
 @pytest.fixture
 def small(tmp_path):
-    """A dataset of 300 documents, of which every tenth stands there twice, and 20 queries."""
-    texts = random_texts(300, 1)
-    for i in range(0, 300, 10):
-        texts[i + 1] = texts[i]
-    documents = {f"d{i}": text for i, text in enumerate(texts)}
-    queries = {f"q{i}": text for i, text in enumerate(random_texts(20, 2, 6))}
-    generator = random.Random(3)
-    qrels = {q: {d: generator.randint(-1, 3) for d in generator.sample(list(documents), 30)} for q in queries}
-    groups = {q: "seen" if i % 3 else "unseen" for i, q in enumerate(queries)}
-    return write_beir(tmp_path / "small", documents, queries, qrels, groups)
-
-
-class CountingEmbedder(nn.Module):
-    """An embedder that can be computed by hand: a token is a word, an embedding normalised word counts."""
-
-    dim, device = len(WORDS), torch.device("cpu")
-
-    def __init__(self):
-        super().__init__()
-        self.batches = []
-
-    def tokenize(self, texts, kind):
-        return [[WORDS.index(word) for word in text.split()] for text in texts]
-
-    def embed(self, token_ids):
-        self.batches.append([len(ids) for ids in token_ids])
-        counts = torch.stack([torch.bincount(torch.tensor(ids), minlength=self.dim) for ids in token_ids])
-        return nn.functional.normalize(counts.float(), dim=1)
+    return small_dataset(tmp_path / "small")
 
 
 def naive_metrics(ranked: list[str], judged: dict[str, int], k: int) -> dict[str, float]:
@@ -109,12 +56,8 @@ def test_metrics_equal_the_naive_ones():
     run["q0"] = {}
     del run["q1"]
     values = yardstick.score_queries(run, qrels, (1, 10, 100))
-    assert set(values) == {
-        f"{m}@{k}" for m in ("ndcg", "map", "recall", "precision") for k in (1, 10, 100)
-    } | {
-        "map",
-        "mrr@10",
-    }
+    names = {f"{m}@{k}" for m in ("ndcg", "map", "recall", "precision") for k in (1, 10, 100)}
+    assert set(values) == names | {"map", "mrr@10"}
     for row, (query_id, judged) in enumerate(qrels.items()):
         hits = run.get(query_id, {})
         ranked = sorted(sorted(hits, reverse=True), key=lambda d: -hits[d])  # noqa: B023, used at once
@@ -213,7 +156,7 @@ def test_encode_restores_the_order_and_encodes_each_text_once():
 
 
 def test_encode_does_not_depend_on_batch_size_or_order(tmp_path):
-    embedder = load_embedder(tiny_checkpoint(tmp_path / "tiny"), torch.device("cpu"), torch.float32)
+    embedder = load_embedder(tiny_checkpoint(tmp_path / "tiny"), CPU, torch.float32)
     texts = random_texts(25, 6)
     one_by_one = yardstick.encode(embedder, texts, "document", batch_tokens=1)
     together = yardstick.encode(embedder, texts, "document", batch_tokens=100_000)
@@ -229,77 +172,6 @@ def test_encode_refuses_embeddings_that_are_not_finite():
     embedder.embed = lambda token_ids: torch.full((len(token_ids), embedder.dim), math.nan)
     with pytest.raises(InputError, match="--dtype float32"):
         yardstick.encode(embedder, ["red"], "query")
-
-
-def naive_bm25(texts: list[str], query: str, k1: float = 1.2, b: float = 0.75) -> list[float]:
-    documents = [Counter(map(related.bm25.stem, related.bm25.words(text))) for text in texts]
-    mean = sum(map(Counter.total, documents)) / len(documents)
-    scores = [0.0] * len(documents)
-    for word in map(related.bm25.stem, related.bm25.words(query)):
-        n = sum(word in document for document in documents)
-        idf = math.log(1 + (len(documents) - n + 0.5) / (n + 0.5))
-        for i, document in enumerate(documents):
-            norm = k1 * (1 - b + b * document.total() / mean)
-            scores[i] += idf * document[word] / (document[word] + norm)
-    return scores
-
-
-@pytest.mark.parametrize("count", [1, 40, 2500])  # the index is built in blocks of 1,024
-def test_bm25_equals_the_naive_one(count):
-    texts = random_texts(count, 7)
-    queries = [*random_texts(5, 8, 6), "red red cat", "unheard of", "", "unheard"]
-    scores, indices = related.bm25.BM25(iter(texts)).search(queries, count + 3)
-    assert (
-        scores.dtype == np.float32
-        and indices.dtype == np.int64
-        and indices.shape == (len(queries), count + 3)
-    )
-    for query, row, numbers in zip(queries, scores, indices, strict=True):
-        expected = naive_bm25(texts, query)
-        hits = {i: s for i, s in enumerate(expected) if s > 0}
-        assert set(numbers[numbers >= 0]) == set(hits) and (row[numbers < 0] == -np.inf).all()
-        assert row[numbers >= 0] == pytest.approx([hits[i] for i in numbers[numbers >= 0]], rel=1e-5)
-        assert (np.diff(row[numbers >= 0]) <= 0).all()
-
-
-def test_bm25_keeps_the_best_and_of_tied_documents_the_earlier():
-    texts = ["blue", "red", "red", "red red", "red"]
-    scores, indices = related.bm25.BM25(texts).search(["red"], 3)
-    assert indices.tolist() == [[3, 1, 2]]
-    everything, _ = related.bm25.BM25(texts).search(["red"], 5)
-    assert np.array_equal(everything[:, :3], scores)
-    many = ["red" if i % 3 else "red red" for i in range(600)]
-    _, indices = related.bm25.BM25(many).search(["red"], 300)
-    assert indices[0].tolist() == [*range(0, 600, 3), *[i for i in range(600) if i % 3][:100]]
-
-
-def test_bm25_of_texts_without_words():
-    for texts in ([], ["", "..."]):
-        scores, indices = related.bm25.BM25(texts).search(["red"], 2)
-        assert indices.tolist() == [[-1, -1]] and np.isneginf(scores).all()
-
-
-def test_stemmer():
-    expected = {"cats": "cat", "berries": "berry", "movies": "movy", "buses": "buse", "heroes": "heroes"}
-    expected |= {"trees": "trees", "glass": "glass", "virus": "virus", "is": "is", "s": "s", "gas": "ga"}
-    assert {word: related.bm25.stem(word) for word in expected} == expected
-    assert related.bm25.words("The Cat's TWO-fold β_1") == ["the", "cat", "s", "two", "fold", "β_1"]
-
-
-def test_bm25_index_is_eight_bytes_a_posting():
-    texts = random_texts(2000, 9)
-    index = related.bm25.BM25(texts)
-    assert index.postings.nbytes == 8 * sum(len(set(map(related.bm25.stem, text.split()))) for text in texts)
-    assert index.norms.nbytes == 4 * len(texts)
-
-
-@pytest.mark.parametrize(("name", "expected"), [("scifact", 0.666), ("nfcorpus.zip", 0.319)])
-def test_bm25_figures(name, expected):
-    if not (SHARED / name).exists():
-        pytest.skip(f"{SHARED / name} is absent: the BM25 figure of {name} was NOT checked")
-    dataset = load_dataset(SHARED / name, "test")
-    result, _ = yardstick.evaluate_hits(dataset, yardstick.bm25_hits(dataset, 228, quiet=True), 100)
-    assert result["metrics"]["ndcg@10"] == pytest.approx(expected, abs=0.001)
 
 
 def test_dense_evaluation_equals_one_built_from_the_parts(small):
@@ -356,7 +228,7 @@ def test_progress_knows_the_tokens_to_come(small, monkeypatch):
 
 def test_the_next_block_is_made_while_one_is_used():
     made = []
-    items = support.launch.one_ahead(made.append(i) or i for i in range(5))
+    items = one_ahead(made.append(i) or i for i in range(5))
     assert next(items) == 0 and made[:1] == [0]
     for _ in range(100):
         time.sleep(0.01)
@@ -365,105 +237,7 @@ def test_the_next_block_is_made_while_one_is_used():
     assert made == [0, 1]  # one, not more: memory holds two blocks
     assert list(items) == [1, 2, 3, 4]
     with pytest.raises(ZeroDivisionError):
-        list(support.launch.one_ahead(1 // i for i in (1, 0)))
-
-
-@pytest.mark.parametrize("name", ["float32", "float16", "bfloat16"])
-def test_embeddings_are_kept_and_reused(small, tmp_path, monkeypatch, name):
-    """The second time nothing is encoded; an interrupted encoding goes on; other settings, another store."""
-    dataset = load_dataset(small, "test")
-    model = tiny_checkpoint(tmp_path / "tiny")
-    embedder = load_embedder(model, torch.device("cpu"), torch.float32)
-    expected = yardstick.dense_hits(embedder, dataset, 50, document_block=64, quiet=True)
-    asked, tokenize = [], yardstick.tokenize
-    monkeypatch.setattr(
-        yardstick, "tokenize", lambda e, texts, kind: asked.append(kind) or tokenize(e, texts, kind)
-    )
-
-    def hits(embedder):
-        asked.clear()
-        store = formats.kept.EmbeddingStore(tmp_path / "kept", embedder, dataset, formats.kept.STORED[name])
-        return yardstick.dense_hits(embedder, dataset, 50, document_block=64, quiet=True, store=store)
-
-    first = hits(embedder)
-    assert asked == ["query"] + ["document"] * 5
-    if name == "float32":
-        assert np.array_equal(first.scores, expected.scores) and np.array_equal(
-            first.indices, expected.indices
-        )
-    else:
-        np.testing.assert_allclose(first.scores, expected.scores, atol=0.02)
-    second = hits(embedder)
-    assert asked == ["query"] and np.array_equal(first.scores, second.scores)
-    (folder,) = (tmp_path / "kept").iterdir()
-    sorted(folder.glob("*.safetensors"))[2].unlink()
-    third = hits(embedder)
-    assert asked == ["query", "document"] and np.array_equal(first.scores, third.scores)
-    shorter = load_embedder(model, torch.device("cpu"), torch.float32, max_length=2)
-    hits(shorter)
-    assert asked == ["query"] + ["document"] * 5
-    with torch.no_grad():
-        embedder.decoder.norm.weight[0] += 0.5  # other weights
-    hits(embedder)
-    assert asked == ["query"] + ["document"] * 5
-    broken = sorted(folder.glob("*.safetensors"))[0]
-    broken.write_bytes(broken.read_bytes()[:100])
-    with pytest.raises(InputError, match="not a whole file of embeddings .*; delete it"):
-        hits(load_embedder(model, torch.device("cpu"), torch.float32))
-
-
-def test_another_job_may_fill_the_same_store(small, tmp_path, monkeypatch):
-    """It writes the second block while ours is at the first: ours are what they would have been."""
-    dataset = load_dataset(small, "test")
-    embedder = load_embedder(tiny_checkpoint(tmp_path / "tiny"), torch.device("cpu"), torch.float32)
-
-    def hits():
-        store = formats.kept.EmbeddingStore(tmp_path / "kept", embedder, dataset, torch.float32)
-        return yardstick.dense_hits(embedder, dataset, 50, document_block=64, quiet=True, store=store)
-
-    expected, write = (
-        yardstick.dense_hits(embedder, dataset, 50, quiet=True),
-        formats.kept.EmbeddingStore.write,
-    )
-
-    def meanwhile(store, start, end, embeddings):
-        monkeypatch.setattr(formats.kept.EmbeddingStore, "write", write)
-        hits()
-        for later in sorted(store.folder.glob("*.safetensors"))[2:]:
-            later.unlink()
-        return write(store, start, end, embeddings)
-
-    monkeypatch.setattr(formats.kept.EmbeddingStore, "write", meanwhile)
-    np.testing.assert_allclose(hits().scores, expected.scores, atol=1e-5)
-    np.testing.assert_allclose(hits().scores, expected.scores, atol=1e-5)
-
-
-def test_whatever_decides_an_embedding_is_in_the_stores_name(tmp_path):
-    def fingerprint(**changes):
-        folder = tiny_checkpoint(tmp_path / "tiny")
-        for name, content in changes.items():
-            path = folder / f"{name}.json"
-            known = json.loads(path.read_text()) if path.exists() else {}
-            path.write_text(json.dumps(known | content))
-        embedder = load_embedder(folder, torch.device("cpu"), torch.float32)
-        torch.manual_seed(0)
-        add_lora(embedder.decoder, 2, lora["alpha"], 0.0, ["q_proj"])
-        return formats.kept.fingerprint(embedder)
-
-    lora = {"alpha": 4.0}
-    assert fingerprint() == fingerprint()
-    seen = [fingerprint(), fingerprint(config={"rms_norm_eps": 0.1})]
-    seen.append(fingerprint(tokenizer_config={"add_eos_token": True, "eos_token": "<|endoftext|>"}))
-    lora["alpha"] = 8.0
-    seen.append(fingerprint())
-    assert len(set(seen)) == 4
-
-
-def test_a_disk_too_small_for_the_embeddings_is_told_first(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(formats.kept.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10}))
-    embedder = load_embedder(tiny_checkpoint(tmp_path / "tiny"), torch.device("cpu"), torch.float32)
-    with pytest.raises(InputError, match="GB of embeddings, 0.0 GB free"):
-        formats.kept.EmbeddingStore(tmp_path / "kept", embedder, load_dataset(small, "test"), torch.float32)
+        list(one_ahead(1 // i for i in (1, 0)))
 
 
 def test_identical_ids_are_dropped_unless_kept(tmp_path):
@@ -556,6 +330,7 @@ def test_wrong_input_is_one_line_and_exit_status_2(small, tmp_path, capsys, monk
     some = ["--dataset", str(small)]
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun" / "settings.json").write_text("{}")
+    two = ["--dataset", str(small), str(shutil.copytree(small, tmp_path / "other"))]
     for arguments, message in (
         (some, "runs/demo does not exist: train it"),
         (["--dataset", "absent", "--model", "bm25"], "--dataset absent: no such folder"),
@@ -564,34 +339,38 @@ def test_wrong_input_is_one_line_and_exit_status_2(small, tmp_path, capsys, monk
         ([*some, "--model", "runs/nope"], "runs/nope: no such folder; give"),
         ([*some, "--model", "begun"], "begun: this run has no checkpoint yet"),
         ([*some, "--model", "bm25", "--mteb", "/proc/1"], "/proc/1: cannot be written, /proc/1 is read-only"),
+        ([*two, "--model", "bm25", "--trec", "x"], "--trec x: several datasets need {dataset} in the file's"),
     ):
         assert yardstick.main(arguments) == 2
         error = capsys.readouterr().err
         assert message in error and error.startswith("eval.py: error: ") and error.count("\n") == 1
-    for arguments in (
-        [*some, "--modle", "bm25"],
-        [*some, "--mod", "bm25"],
-        [*some, "--k", "99"],
-        [*some, "--batch-tokens", "0"],
-        [*some, *some[1:], "--trec", "x.trec"],
-        [],
+    for arguments, message in (
+        ([*some, "--modle", "bm25"], "--modle; did you mean --model?"),
+        ([*some, "--mod", "bm25"], "--mod; did you mean --model?"),
+        ([*some, "--k", "99"], "--k: 99 is not at least 100"),
+        ([*some, "--batch-tokens", "0"], "--batch-tokens: 0 is not at least 1"),
+        ([*some, "--query-prompt", "\udcff"], "--query-prompt: not UTF-8"),
+        ([*some, "--geometry"], "--geometry is now a command of its own: python -m tools.geometry"),
+        ([*some, "--compile"], "--compile was removed"),
+        ([], "required: --dataset"),
     ):
         with pytest.raises(SystemExit) as stopped:
             yardstick.main(arguments)
-        assert stopped.value.code == 2
+        assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_ids_with_spaces_do_not_go_into_a_run(tmp_path):
     with pytest.raises(InputError, match="spaces"):
-        formats.results.write_run(tmp_path / "x.trec", {"q": {"a b": 1.0}}, "tag")
+        write_run(tmp_path / "x.trec", {"q": {"a b": 1.0}}, "tag")
     assert not (tmp_path / "x.trec").exists()
 
 
-def test_script_runs_and_every_flag_has_help(small):
-    command = [sys.executable, str(ROOT / "eval.py")]
-    done = subprocess.run([*command, "--help"], capture_output=True, text=True)
-    assert done.returncode == 0 and "--identical-ids" in done.stdout
-    done = subprocess.run(
-        [*command, "--dataset", str(small), "--model", "none"], capture_output=True, text=True
-    )
+def test_the_script_runs_and_shows_every_flag(small, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        yardstick.main(["--help"])
+    shown = capsys.readouterr().out
+    assert stopped.value.code == 0
+    assert all(f"  --{name.replace('_', '-')}" in shown for name in flags_of(yardstick.Settings))
+    command = [sys.executable, str(ROOT / "eval.py"), "--dataset", str(small), "--model", "none"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr

@@ -1,4 +1,4 @@
-"""Alignment, uniformity and cosines (eval.py --geometry) against slow twins, and what is sampled for them."""
+"""tools/geometry.py: alignment, uniformity and cosines against slow twins, and what is sampled for them."""
 
 import json
 import math
@@ -6,14 +6,15 @@ import math
 import numpy as np
 import pytest
 import torch
-from test_eval import CountingEmbedder, random_texts, write_beir
+from small import CountingEmbedder, random_texts, write_beir
 from tiny import tiny_checkpoint
 from torch.nn.functional import normalize
 
 import eval as yardstick
-import formats.embedders
-import tools.geometry
 from formats.datasets import load_dataset
+from formats.embedders import load_embedder
+from support.launch import CPU
+from tools.geometry import geometry, main, measure_geometry, sample_pairs, uniformity
 
 
 def unit_vectors(count: int, seed: int, dim: int = 8) -> torch.Tensor:
@@ -43,7 +44,7 @@ def dataset(tmp_path):
 @pytest.mark.parametrize("tile", [1, 7, 19, 20, 512])
 def test_uniformity_equals_the_definition_whatever_the_tiles(tile):
     x = unit_vectors(20, 0)
-    assert tools.geometry.uniformity(x.double(), tile) == pytest.approx(naive_uniformity(x), rel=1e-12)
+    assert uniformity(x.double(), tile) == pytest.approx(naive_uniformity(x), rel=1e-12)
 
 
 def test_geometry_equals_its_definitions():
@@ -51,7 +52,7 @@ def test_geometry_equals_its_definitions():
     generator = np.random.default_rng(0)
     relevant, random = (generator.integers(0, [9, 14], (count, 2)) for count in (30, 25))
     random[:5] = relevant[:5]  # ties
-    found = tools.geometry.geometry(queries, documents, relevant, random)
+    found = geometry(queries, documents, relevant, random)
     x, y = queries.double(), documents.double()
     near, far = ([float(x[q] @ y[d]) for q, d in pairs] for pairs in (relevant, random))
     distances = [float(((x[q] - y[d]) ** 2).sum()) for q, d in relevant]
@@ -74,23 +75,23 @@ def test_identical_embeddings_are_at_the_ends():
     """Float32 vectors that rounding made longer than 1: no cosine falls out of the histogram."""
     same = unit_vectors(1, 3, 300).expand(6, 300) * 1.000001
     pairs = np.array([[i, i] for i in range(6)])
-    found = tools.geometry.geometry(same, same, pairs, pairs)
+    found = geometry(same, same, pairs, pairs)
     assert found["alignment"] == 0 and found["auc"] == 0.5
     for name in ("uniformity", "uniformity_queries", "uniformity_documents"):
         assert found[name] == pytest.approx(0, abs=1e-12)
     assert found["relevant_counts"][-1] == found["random_counts"][-1] == 6
-    opposite = tools.geometry.geometry(same, -same, pairs, pairs)
+    opposite = geometry(same, -same, pairs, pairs)
     assert opposite["alignment"] == pytest.approx(4, rel=1e-5) and opposite["relevant_counts"][0] == 6
 
 
 def test_uniformity_of_independent_directions_and_of_too_few():
-    assert tools.geometry.uniformity(torch.eye(100, dtype=torch.float64)) == pytest.approx(-4, rel=1e-12)
-    assert tools.geometry.uniformity(unit_vectors(1, 0)) is None
-    assert tools.geometry.uniformity(unit_vectors(0, 0)) is None
+    assert uniformity(torch.eye(100, dtype=torch.float64)) == pytest.approx(-4, rel=1e-12)
+    assert uniformity(unit_vectors(1, 0)) is None
+    assert uniformity(unit_vectors(0, 0)) is None
 
 
 def test_the_sample_is_deterministic_bounded_and_what_it_says(dataset):
-    every = tools.geometry.sample_pairs(dataset)
+    every = sample_pairs(dataset)
     ids = list(dataset.documents.ids)
     named = {(every.queries[q], ids[every.documents[d]]) for q, d in every.relevant}
     positive = {(q, d) for q, judged in dataset.qrels.items() for d, gain in judged.items() if gain > 0}
@@ -101,7 +102,7 @@ def test_the_sample_is_deterministic_bounded_and_what_it_says(dataset):
         assert (every.queries[q], ids[every.documents[d]]) not in positive
     assert len(set(every.queries)) == len(every.queries) and len(set(every.documents)) == len(every.documents)
 
-    some, again, other = (tools.geometry.sample_pairs(dataset, 10, seed) for seed in (0, 0, 1))
+    some, again, other = (sample_pairs(dataset, 10, seed) for seed in (0, 0, 1))
     assert len(some.relevant) == 10 and set(every.relevant[:, 1]) > set(range(len(some.documents)))
     for first, second in zip(some, again, strict=True):
         assert np.array_equal(first, second)
@@ -113,11 +114,11 @@ def test_a_query_to_which_all_are_relevant_has_no_random_pair(tmp_path):
     qrels = {"all": {"d1": 1, "d2": 2, "d3": 1}, "one": {"d2": 1}, "none": {"d8": 0}}
     texts = dict.fromkeys(qrels, "red cats")
     dataset = load_dataset(write_beir(tmp_path / "set", documents, texts, qrels))
-    sample = tools.geometry.sample_pairs(dataset)
+    sample = sample_pairs(dataset)
     assert sample.queries == ["all", "one"] and sample.documents == [1, 2, 3]
     assert len(sample.relevant) == 4 and [sample.queries[q] for q, _ in sample.random] == ["one"]
     del dataset.qrels["one"]
-    found = tools.geometry.measure_geometry(CountingEmbedder(), dataset)
+    found = measure_geometry(CountingEmbedder(), dataset)
     assert (found["pairs"], found["random_pairs"]) == (3, 0)
     assert found["cosine_random"] is found["auc"] is found["uniformity_queries"] is None
     assert found["uniformity_documents"] < 0
@@ -127,7 +128,7 @@ def test_a_document_with_the_querys_own_id_is_in_no_pair(tmp_path):
     documents = {"1": "red", "2": "blue", "3": "cats"}
     qrels = {"1": {"1": 1, "2": 1}, "2": {"3": 1}}
     dataset = load_dataset(write_beir(tmp_path / "set", documents, {"1": "red", "2": "blue"}, qrels))
-    sample = tools.geometry.sample_pairs(dataset)
+    sample = sample_pairs(dataset)
     assert sample.relevant.tolist() == [[0, 0], [1, 1]] and sample.documents == [1, 2]
     assert sample.random.tolist() == [[0, 1]]  # to query 2, document 2 is itself, document 3 relevant
 
@@ -140,9 +141,9 @@ def test_only_the_samples_texts_are_encoded(dataset, monkeypatch):
         return tokenize(embedder, asked[kind], kind)
 
     monkeypatch.setattr(yardstick, "tokenize", watched)  # looked up by encode
-    monkeypatch.setattr(tools.geometry.sample_pairs, "__defaults__", (5, 0))
-    found = tools.geometry.measure_geometry(CountingEmbedder(), dataset)
-    sample = tools.geometry.sample_pairs(dataset)
+    monkeypatch.setattr(sample_pairs, "__defaults__", (5, 0))
+    found = measure_geometry(CountingEmbedder(), dataset)
+    sample = sample_pairs(dataset)
     assert found["pairs"] == 5
     assert asked["query"] == [dataset.queries[q] for q in sample.queries]
     assert asked["document"] == [dataset.documents[d][1].full_text for d in sample.documents]
@@ -153,14 +154,12 @@ def test_command_line(dataset, tmp_path, capsys):
     poor = write_beir(tmp_path / "poor", {"d": "red", "e": "cats"}, {"q": "red"}, {"q": {"d": 1}})
     model = tiny_checkpoint(tmp_path / "tiny")
     names = ["--dataset", str(dataset.path), str(poor), "--model", str(model), "--device", "cpu"]
-    assert tools.geometry.main([*names, "--json", str(tmp_path / "result.json")]) == 0
+    assert main([*names, "--json", str(tmp_path / "result.json")]) == 0
     printed = capsys.readouterr().out
     (first, second) = json.loads((tmp_path / "result.json").read_text())["results"]
     assert second["geometry"] is None and "fewer than two relevant pairs" in printed
     found = first["geometry"]
-    assert found == tools.geometry.measure_geometry(
-        formats.embedders.load_embedder(model, torch.device("cpu"), torch.float32), dataset
-    )
+    assert found == measure_geometry(load_embedder(model, CPU, torch.float32), dataset)
     table = printed[printed.index("\ngeometry") :]
     row = next(line.split() for line in table.splitlines() if line.startswith("set "))
     assert row[1] == str(found["pairs"]) and row[2] == f"{found['alignment']:.4f}"
@@ -169,3 +168,19 @@ def test_command_line(dataset, tmp_path, capsys):
     assert max(line.count("#") for line in bars) >= 30 and max(map(len, bars)) <= 100
     counted = sum(int(word) for line in bars for word in line.split() if word.isdigit())
     assert counted == found["pairs"] + found["random_pairs"]
+
+
+def test_wrong_input_is_one_line_and_exit_status_2(dataset, tmp_path, capsys):
+    some = ["--dataset", str(dataset.path), "--model"]
+    for arguments, message in (
+        ([*some, str(tmp_path / "absent")], "absent: no such folder"),
+        ([*some, "x", "--json", str(tmp_path)], f"{tmp_path}: is a folder"),
+        (["--dataset", "absent", "--model", "x"], "--dataset absent: no such folder"),
+    ):
+        assert main(arguments) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("geometry: error: ") and message in line
+    for flags in (["--max-length", "0"], ["--pairs", "5"]):
+        with pytest.raises(SystemExit) as stopped:
+            main([*some, "x", *flags])
+        assert stopped.value.code == 2

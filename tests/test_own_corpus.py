@@ -40,11 +40,8 @@ def test_text_files_to_answers(texts, tmp_path):
     done = script(texts, QUESTION, "--out", out, "--steps", 2, cache=tmp_path / "cache")
     assert done.returncode == 0, done.stderr[-2000:]
     assert len((out / "corpus.jsonl").read_text().splitlines()) == 30
-    assert [line.split()[2] for line in done.stdout.splitlines() if line.startswith("$ ")] == [
-        "dream.py",
-        "dream.py",
-        "-m",
-    ]
+    ran = [line.split()[2:4] for line in done.stdout.splitlines() if line.startswith("$ ")]
+    assert ran == [["-m", "tools.mine"], ["dream.py", "train"], ["-m", "tools.search"]]
     assert "step-000002" in done.stdout and "note " in done.stdout.split("$ ")[-1]
 
 
@@ -69,7 +66,7 @@ def commands(monkeypatch):
         ran.append(command)
         flags = dict(zip(command, command[1:], strict=False))
         out = own_corpus.Path(flags.get("--out", "/"))
-        if command[1] == "mine":
+        if command[1] == "tools.mine":
             out.write_bytes(own_corpus.Path(flags["--corpus"]).read_bytes())
         elif command[1] == "train" and "--resume" not in flags:
             out.mkdir()
@@ -130,10 +127,12 @@ def test_ctrl_c_waits_for_what_the_command_saves(tmp_path):
     assert process.communicate(timeout=30)[1] == "" and process.returncode == 7 and saved.exists()
 
 
-def test_no_texts_is_one_line(tmp_path):
+def test_no_texts_is_one_line(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
-    done = script(tmp_path / "empty", "question", cache=tmp_path)
-    assert done.returncode == 2 and done.stderr.endswith("empty: no .txt or .md files there\n")
+    command = [str(tmp_path / "empty"), "question", "--out", str(tmp_path / "out")]
+    assert own_corpus.main(command) == 2
+    assert capsys.readouterr().err.endswith("empty: no .txt or .md files there\n")
     (tmp_path / "empty" / "a.txt").write_bytes(b"\xff\xfe\x00")
-    done = script(tmp_path / "empty", "question", "--out", tmp_path / "out", cache=tmp_path)
-    assert done.returncode == 2 and "a.txt: not UTF-8 text" in done.stderr and "Traceback" not in done.stderr
+    assert own_corpus.main(command) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "a.txt: not UTF-8 text" in error

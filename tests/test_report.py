@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import pytest
 import torch
 from conftest import ROOT
-from test_eval import write_beir
+from small import write_beir
 from tiny import tiny_checkpoint
 
 import dream
@@ -348,6 +348,17 @@ def test_a_run_of_another_objective_has_no_heads(run):
     page, text = make(run, "--queries", 0)
     assert "Heads" not in page.text and ["temperature", "0.1"] in markdown_rows(text)
     assert ["objective", "replug (default: dream)"] in markdown_rows(text)
+
+
+def test_a_run_of_an_earlier_version(run):
+    """null stood for what was not given, and there were settings that are gone."""
+    settings = json.loads((run / "settings.json").read_text())
+    earlier = {"num_heads": None, "judge_context": None, "dev": None, "refresh_candidates": 50}
+    write(run, "settings", settings | earlier | {"isolate_documents": True})
+    rows = markdown_rows(make(run, "--queries", 0)[1])
+    for name in ("num_heads", "judge_context", "dev", "judge_lr"):
+        assert [name, "none"] in rows
+    assert not {"refresh_candidates", "isolate_documents"} & {row[0] for row in rows}
 
 
 def test_wrong_input_is_one_line_and_exit_status_2(run, tmp_path, capsys):

@@ -11,14 +11,19 @@ import shutil
 import pytest
 import torch
 from conftest import ROOT
-from test_eval import random_texts, write_beir
+from small import random_texts, write_beir
 from tiny import tiny_checkpoint
 
 import eval as yardstick
-import formats.kept
-import related.bm25
+from data import Document, Row, collate
+from formats.checkpoints import Checkpoint, make_builder
 from formats.datasets import load_dataset
 from formats.embedders import load_embedder
+from formats.kept import EmbeddingStore
+from formats.templates import TEMPLATES
+from model import read_prefix, target_loss
+from related.bm25 import BM25
+from support.launch import CPU
 from tools import search
 
 DEMO = ROOT / "demo"
@@ -69,7 +74,7 @@ def ask(capsys, *arguments, status=0):
 
 def watch(monkeypatch, calls):
     """Note what is encoded, and which blocks are read."""
-    tokenize, read = yardstick.tokenize, formats.kept.EmbeddingStore.read
+    tokenize, read = yardstick.tokenize, EmbeddingStore.read
 
     def tokenized(embedder, texts, kind):
         calls.append(kind)
@@ -80,7 +85,7 @@ def watch(monkeypatch, calls):
         return read(store, start, end)
 
     monkeypatch.setattr(yardstick, "tokenize", tokenized)
-    monkeypatch.setattr(formats.kept.EmbeddingStore, "read", reading)
+    monkeypatch.setattr(EmbeddingStore, "read", reading)
 
 
 @pytest.mark.parametrize("name", ["dense", "bm25"])
@@ -93,7 +98,7 @@ def test_documents_rank_as_in_eval(folder, model, capsys, name, question):
     if name == "bm25":
         hits = yardstick.bm25_hits(dataset, 150, quiet=True)
     else:
-        embedder = load_embedder(model, torch.device("cpu"), torch.float32)
+        embedder = load_embedder(model, CPU, torch.float32)
         hits = yardstick.dense_hits(embedder, dataset, 150, document_block=64, quiet=True)
     expected, _ = yardstick.make_run(["q"], hits, 40)
     assert {hit["id"]: hit["score"] for hit in answer["hits"]} == expected["q"]
@@ -129,10 +134,11 @@ def test_the_store_is_that_of_eval(folder, model, tmp_path, capsys, monkeypatch)
 @pytest.mark.parametrize("name", ["dense", "bm25"])
 def test_questions_are_asked_for_until_an_empty_line(folder, model, capsys, monkeypatch, name):
     """Whatever their number, embeddings are opened once and the corpus is read once."""
-    calls, made = [], []
-    watch(monkeypatch, calls)
-    index = related.bm25.BM25
-    monkeypatch.setattr(search, "BM25", lambda texts: made.append("index") or index(texts))
+    calls = []
+    if name == "dense":
+        watch(monkeypatch, calls)
+    else:
+        monkeypatch.setattr(search, "BM25", lambda texts: calls.append("index") or BM25(texts))
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{QUESTION}\n  glass virus \nof the tree\n\nnot asked\n"))
     some = ["--model", model if name == "dense" else "bm25", "--corpus", folder, "--k", 3]
     answers = ask(capsys, *some)
@@ -141,7 +147,7 @@ def test_questions_are_asked_for_until_an_empty_line(folder, model, capsys, monk
     if name == "dense":
         assert calls[4:] == [(0, 64), (64, 128), (128, 150), "query", "query", "query"]
     else:
-        assert made == ["index"] and not calls
+        assert calls == ["index"]
     assert ask(capsys, "glass virus", *some) == [answers[1]]
 
 
@@ -230,7 +236,7 @@ def test_wrong_input_is_one_line_and_exit_status_2(folder, model, run, tmp_path,
         (["x", *bm25, "--corpus", str(parts)], "has several parts"),
         (["x", *bm25, "--corpus", str(tmp_path / "run" / "heads.json")], "'_id' is missing"),
         ([" ", *bm25, *here], "the question is empty"),
-        (["x", *here], "runs/demo does not exist: train it (`python dream.py train`) or pass --model"),
+        (["x", *here], "runs/demo does not exist: train it (`python dream.py train`), or name another"),
         (["x", "--model", model, *here, "--embeddings", str(folder / "corpus.jsonl")], "is a file"),
         (["x", "--model", model, *here, "--explain"], "needs a run of dream.py"),
         (["x", *bm25, *here, "--explain", "y"], "needs a run of dream.py"),
@@ -282,19 +288,15 @@ def test_the_helpful_document_lowers_the_loss_most(run, tmp_path, capsys):
 
 def test_losses_equal_those_of_the_parts(run, capsys, monkeypatch):
     """With one document there is nothing to weigh: every loss is the judge's own, without an injection."""
-    import dream
-    from data import Document, PromptBuilder, Row, collate
-    from formats.checkpoints import Checkpoint, load_tokenizer
-
     some = ["Who taught Iris Vane?", "--model", run, "--corpus", DEMO / "dev", "--explain", "Greta Tollen"]
     (answer,) = ask(capsys, *some, "--k", 1)
     (hit,) = answer["hits"]
-    checkpoint = Checkpoint(DEMO / "checkpoint", torch.device("cpu"), torch.float32)
-    builder = PromptBuilder(load_tokenizer(checkpoint.folder, checkpoint.config), checkpoint.config.context)
+    checkpoint = Checkpoint(DEMO / "checkpoint", CPU, torch.float32)
+    builder = make_builder(checkpoint.folder, TEMPLATES["plain"])
     row = Row(0, some[0], "Greta Tollen", [Document(hit["title"], hit["text"])], None)
-    batch, judge = collate(builder.build([row]), torch.device("cpu")), checkpoint.causal_lm()
+    batch, judge = collate(builder.build([row]), CPU), checkpoint.causal_lm()
     with torch.no_grad():
-        expected = dream.target_loss(judge, batch, dream.read_prefix(judge, batch)).item()
+        expected = target_loss(judge, batch, read_prefix(judge, batch)).item()
     for loss in (answer["loss"], answer["uniform_loss"], hit["loss"]):
         assert loss == pytest.approx(expected, abs=1e-5)
     assert hit["weight"] == 1 and hit["gain"] == pytest.approx(0, abs=1e-5)

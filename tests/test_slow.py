@@ -21,11 +21,13 @@ SHARED = ROOT.parent / "shared" / "data"
 pytestmark = pytest.mark.slow
 
 
-def command(*arguments, cwd, **options) -> subprocess.CompletedProcess:
-    """Run one of our scripts; its output is shown when the test fails."""
+def command(*arguments, cwd) -> subprocess.CompletedProcess:
+    """Run one of our scripts or tools; its output is shown when the test fails."""
     script, *rest = map(str, arguments)
+    program = ["-m", script] if script.startswith("tools.") else [ROOT / script]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, ROOT / script, *rest], cwd=cwd, capture_output=True, text=True, **options
+        [sys.executable, *program, *rest], cwd=cwd, capture_output=True, text=True, env=environment
     )
     print(done.stdout, done.stderr[-3000:])
     assert done.returncode == 0, done.stderr[-500:]
@@ -64,7 +66,7 @@ def test_real_text_from_mining_to_scifact(tmp_path):
     """mine, train and eval on questions with passages, then on SciFact and NFCorpus: all runs through."""
     qa, beir = needs(SHARED / "qa"), needs(SHARED / "beir")
     questions = ("--corpus", qa / "corpus.jsonl", "--questions", qa / "train.jsonl", "--limit", 400)
-    mined = command("dream.py", "mine", *questions, "--out", "rows.jsonl", cwd=tmp_path)
+    mined = command("tools.mine", *questions, "--out", "rows.jsonl", cwd=tmp_path)
     assert "squadshifts" in mined.stdout and "in source" in mined.stdout
     demo = ROOT / "demo" / "checkpoint"
     small = "--steps 4 --batch 8 --max-length 128 --head-examples 16 --candidates 4 --out run".split()

@@ -6,9 +6,11 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from data import Document, Row
+from data import Document, PromptBuilder, Row
 from formats.checkpoints import read_config, save_weights
-from model import CausalLM, Config
+from model import CausalLM, Config, Embedder, add_lora
+
+HEADS = [(0, 1), (0, 4), (1, 0), (1, 2), (2, 3), (2, 5)]  # two in each of three consecutive layers
 
 BASE = {
     "vocab_size": 300,
@@ -72,3 +74,48 @@ def make_rows(counts: list[int], lengths: range = range(3, 40)) -> list[Row]:
         Row(i, words(size()), words(2 + i), [Document(words(3), words(size())) for _ in range(count)], 0)
         for i, count in enumerate(counts)
     ]
+
+
+def learning(network: torch.nn.Module, dropout: float = 0.0) -> torch.nn.Module:
+    """The network with adapters that change something: their B is not zero."""
+    add_lora(network, 4, 8, dropout)
+    for name, parameter in network.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return network
+
+
+def world(folder: Path, dropout: float = 0.0) -> tuple[CausalLM, Embedder, PromptBuilder, list[Row]]:
+    """A judge, a retriever with LoRA, prompts, and rows with 2 to 5 candidates; all in float64."""
+    config = config_file(folder)
+    decoder = random_lm(config, 1).model
+    torch.manual_seed(2)
+    retriever = Embedder(learning(decoder, dropout).double(), byte_tokenizer(), 64).train()
+    builder = PromptBuilder(byte_tokenizer(), 1000, max_target=6)
+    return random_lm(config, 0, torch.float64), retriever, builder, make_rows([3, 5, 2, 4, 3])
+
+
+def write_rows(path: Path, rows: list[Row]) -> Path:
+    """Training rows as a JSON-lines file."""
+    lines = [
+        {
+            "query": row.query,
+            "target": row.target,
+            "documents": [{"title": d.title, "text": d.text} for d in row.documents],
+            "positive": row.positive,
+        }
+        for row in rows
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def beir_folder(folder: Path, num_documents: int = 12) -> Path:
+    """A dataset in BEIR's layout: one query, one relevant document, judged in "dev" and in "test"."""
+    (folder / "qrels").mkdir(parents=True)
+    corpus = [{"_id": f"d{i}", "title": "", "text": f"text {i} " + "ab " * i} for i in range(num_documents)]
+    (folder / "corpus.jsonl").write_text("".join(json.dumps(d) + "\n" for d in corpus))
+    (folder / "queries.jsonl").write_text('{"_id": "q", "text": "text 3"}\n')
+    for split in ("dev", "test"):
+        (folder / "qrels" / f"{split}.tsv").write_text("query-id\tcorpus-id\tscore\nq\td3\t1\n")
+    return folder

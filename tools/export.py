@@ -27,9 +27,9 @@ import model
 from formats.embedders import adapter_base, load_embedder, read_embedding_settings, save_embedder
 from model import Decoder, lora_layers
 from support.files import InputError, read_json, write_atomic
-from support.hub import HUB_NAME, find_folder
-from support.launch import run_command
-from support.runs import resolve_run
+from support.hub import HUB_NAME
+from support.launch import ArgumentParser, run_command
+from support.runs import locate, resolve_run
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LIBRARIES = {"merged": "transformers", "adapter": "peft", "sentence-transformers": "sentence-transformers"}
@@ -207,20 +207,20 @@ def model_card(embedder: model.Embedder, checkpoint: Path, base: str, kind: str,
     return "\n\n".join(part for part in [*parts, "## Licence", LICENCE] if part) + "\n"
 
 
+@torch.no_grad()
 def merge_lora(decoder: Decoder) -> None:
     """Replace every adapter by a plain linear layer that holds the base's weight plus the adapter."""
     for name, layer in lora_layers(decoder).items():
-        layer.merge()
         plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-        plain.weight, plain.bias = layer.weight, layer.bias
+        delta = layer.lora_B.weight @ layer.lora_A.weight * layer.scaling  # (out, in) float32
+        merged = (layer.weight.float() + delta).to(layer.weight.dtype)
+        plain.weight, plain.bias = nn.Parameter(merged, requires_grad=False), layer.bias
         decoder.get_submodule(name.rpartition(".")[0]).register_module(name.rpartition(".")[2], plain)
 
 
 def export(args: argparse.Namespace) -> None:
     """Everything `main` does, InputError not caught: load, merge, write beside DIR, rename."""
-    if Path(args.run) == Path("runs/demo") and not Path(args.run).exists():  # it is no name of the hub
-        raise InputError("runs/demo does not exist: train it (`python dream.py train`) or name another RUN")
-    source, to = find_folder(resolve_run(args.run)).resolve(), Path(args.to).resolve()
+    source, to = locate(args.run).resolve(), Path(args.to).resolve()
     weights = read_embedding_settings(source)["transformer"]
     base = adapter_base(weights) if (weights / "adapter_config.json").exists() else ""
     if args.format == "adapter" and not base:
@@ -261,9 +261,7 @@ def export(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The exit status, as `run_command` says."""
-    parser = argparse.ArgumentParser(
-        prog="export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser("export", description=__doc__)
     add = parser.add_argument
     add("run", metavar="RUN", help="a run's folder (its best checkpoint), a checkpoint, or a PEFT adapter")
     add("--to", required=True, metavar="DIR", help="the folder to write")

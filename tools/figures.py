@@ -9,7 +9,7 @@ None or not finite are left out.
 
 import math
 import unicodedata
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from html import escape
 from typing import TypeGuard
 
@@ -76,6 +76,11 @@ def _line(x1: float, y1: float, x2: float, y2: float, more: str = "") -> str:
     return f'<path d="M{x1:.1f} {y1:.1f}L{x2:.1f} {y2:.1f}" stroke="currentColor"{more}/>'
 
 
+def _scale(axis: Sequence[float], start: float, end: float) -> Callable[[float], float]:
+    """A function from values to px: the first tick is at `start`, the last one at `end`."""
+    return lambda value: start + (value - axis[0]) / (axis[-1] - axis[0]) * (end - start)
+
+
 GRID, DASHED = ' stroke-opacity="0.15"', ' stroke-dasharray="5 4" stroke-width="1.5"'
 
 
@@ -104,34 +109,27 @@ def bars(
     """
     spread = [d if finite(d) else 0.0 for d in deviations or [0.0] * len(names)]
     known = [(v, d) for v, d in zip(values, spread, strict=True) if finite(v)]
-    reference = reference if reference and finite(reference[0]) else None
-    reach = [0.0, *(v + s * d for v, d in known for s in (-1, 1)), *([reference[0]] if reference else [])]
+    reach = [0.0, *(v + s * d for v, d in known for s in (-1, 1)), *(reference or ())[:1]]
     axis = ticks(min(reach), max(reach))
-    figures = [
-        (f"{v:.4f}" + (f" ± {d:.4f}" if d else "")) if finite(v) else "–"
-        for v, d in zip(values, spread, strict=True)
-    ]
+    told = [f"{v:.4f}" if finite(v) else "–" for v in values]
+    told = [f"{v} ± {d:.4f}" if d and v != "–" else v for v, d in zip(told, spread, strict=True)]
     shown = [shorten(name, 260) for name in names]
     left = 16 + max(map(text_width, shown), default=0)
-    right, width = left + PLOT[0], left + PLOT[0] + 20 + max(map(text_width, figures), default=0)
+    right, width = left + PLOT[0], left + PLOT[0] + 20 + max(map(text_width, told), default=0)
     top, row = 56, 28
-    bottom = top + row * len(names)
-
-    def x(value: float) -> float:
-        return left + (value - axis[0]) / (axis[-1] - axis[0]) * (right - left)
-
+    bottom, x = top + row * len(names), _scale(axis, left, right)
     body = [_line(x(v), top, x(v), bottom + 4, GRID) for v in axis]
     body += [_text(x(v), bottom + 18, label(v, axis[1] - axis[0]), "middle") for v in axis]
     body += [_text((left + right) / 2, bottom + 36, xlabel, "middle")] * bool(xlabel)
     for number, (name, value, deviation) in enumerate(zip(shown, values, spread, strict=True)):
         y = top + row * (number + 0.5)
         body.append(_text(left - 8, y + 4, name, "end"))
-        body.append(_text(right + 12, y + 4, figures[number]))
+        body.append(_text(right + 12, y + 4, told[number]))
         if finite(value):
             start, end = sorted((x(0), x(value)))
             body.append(
                 f'<rect x="{start:.1f}" y="{y - 9:.1f}" width="{end - start:.1f}" height="18" '
-                f'fill="{COLOURS[0]}"><title>{_escape(f"{names[number]}: {figures[number]}")}</title></rect>'
+                f'fill="{COLOURS[0]}"><title>{_escape(f"{names[number]}: {told[number]}")}</title></rect>'
             )
             if deviation:
                 low, high = x(value - deviation), x(value + deviation)
@@ -160,37 +158,14 @@ def _legend(entries: list[tuple[str, str]], width: float) -> tuple[list[str], fl
     return body, y + 14 if entries else 38.0
 
 
-def _axes(
-    xs: Sequence[float],
-    ys: Sequence[float],
-    entries: list[tuple[str, str]],
-    xlabel: str,
-    ylabel: str,
-    width: float,
-) -> tuple:
-    """Legend, grid, ticks and labels: (body, x, y, (left, right), (width, height)); x and y map to px."""
-    whole = all(float(v).is_integer() for v in xs)
-    across, up = ticks(min(xs, default=0), max(xs, default=1), whole), ticks(min(ys), max(ys))
-    texts = [label(v, up[1] - up[0]) for v in up]
-    left = 20 + max(map(text_width, texts))
-    body, top = _legend(entries, width)
-    top += 20 if ylabel else 6
-    bottom, right = top + PLOT[1], width - 8 - text_width(label(across[-1], across[1] - across[0])) / 2
+FAINT = ('fill="none" stroke="currentColor" stroke-opacity="0.35"', "")
 
-    def x(value: float) -> float:
-        return left + (value - across[0]) / (across[-1] - across[0]) * (right - left)
 
-    def y(value: float) -> float:
-        return bottom - (value - up[0]) / (up[-1] - up[0]) * (bottom - top)
-
-    body += [_line(left, y(v), right, y(v), GRID) for v in up]
-    body += [_text(left - 8, y(v) + 4, text, "end") for v, text in zip(up, texts, strict=True)]
-    body += [_line(x(v), bottom, x(v), bottom + 4) for v in across]
-    body += [_text(x(v), bottom + 18, label(v, across[1] - across[0]), "middle") for v in across]
-    body += [_line(left, bottom, right, bottom)]
-    body += [_text((left + right) / 2, bottom + 36, xlabel, "middle")] * bool(xlabel)
-    body += [_text(8, top - 10, ylabel)] * bool(ylabel)
-    return body, x, y, (left, right), (width, bottom + (46 if xlabel else 28))
+def _style(number: int, markers: bool) -> tuple[str, str]:
+    """The stroke and the marker of a series."""
+    colour, dashes = COLOURS[number % len(COLOURS)], DASHES[number % 4]
+    stroke = f'fill="none" stroke="{colour}" stroke-width="2" stroke-dasharray="{dashes}"'
+    return stroke, f'<path d="{MARKERS[number % 4]}" fill="{colour}"/>' * markers
 
 
 def lines(
@@ -207,34 +182,39 @@ def lines(
     reference: a value of y and its name, a dashed line. faint: names of series that stand back, such as the
     raw values of a smoothed one. width: of the whole figure, in px.
     """
-    points = {name: [(*p, None)[:3] for p in own if finite(p[0])] for name, own in series.items()}
-    flat = [
-        (x, y, d if finite(d) else 0.0)
-        for own in points.values()
-        for x, y, d in own
-        if finite(x) and finite(y)
-    ]
-    reference = reference if reference and finite(reference[0]) else None
-    ys = [y + s * d for _, y, d in flat for s in (-1, 1)] + ([reference[0]] if reference else [])
-    entries, styles = [], []
+    points: dict[str, list[tuple]] = {
+        name: [(*p, None)[:3] for p in own if finite(p[0])] for name, own in series.items()
+    }
+    known = [(x, y, d if finite(d) else 0.0) for own in points.values() for x, y, d in own if finite(y)]
+    xs, ys = [p[0] for p in known], [y + s * d for _, y, d in known for s in (-1, 1)]
+    ys += (reference or ())[:1]
     strong = [name for name in points if name not in faint]
+    styles, entries = [], []
     for name, own in points.items():
-        if name in faint:
-            styles.append(('fill="none" stroke="currentColor" stroke-opacity="0.35"', ""))
-            entries.append((name, f'<path d="M-12 0H12" {styles[-1][0]}/>'))
-            continue
-        number = strong.index(name)
-        colour = COLOURS[number % len(COLOURS)]
-        stroke = f'fill="none" stroke="{colour}" stroke-width="2" stroke-dasharray="{DASHES[number % 4]}"'
         # More than some thirty markers hide the line that they stand on.
-        marker = f'<path d="{MARKERS[number % 4]}" fill="{colour}"/>' if len(own) <= 30 else ""
+        stroke, marker = FAINT if name in faint else _style(strong.index(name), markers=len(own) <= 30)
         styles.append((stroke, marker))
         entries.append((name, f'<path d="M-12 0H12" {stroke}/>{marker}'))
     entries = entries if len(entries) > 1 or reference else []
     if reference:
         swatch = f'<path d="M-12 0H12" stroke="currentColor"{DASHED}/>'
         entries.append((f"{reference[1]} {reference[0]:.4f}", swatch))
-    body, x, y, ends, size = _axes([p[0] for p in flat], ys or [0, 1], entries, xlabel, ylabel, width)
+
+    across = ticks(min(xs, default=0), max(xs, default=1), all(float(v).is_integer() for v in xs))
+    up = ticks(min(ys, default=0), max(ys, default=1))
+    texts, below = ([label(v, axis[1] - axis[0]) for v in axis] for axis in (up, across))
+    body, top = _legend(entries, width)
+    top += 20 if ylabel else 6
+    bottom, left = top + PLOT[1], 20 + max(map(text_width, texts))
+    right = width - 8 - text_width(below[-1]) / 2
+    x, y = _scale(across, left, right), _scale(up, bottom, top)
+    body += [_line(left, y(v), right, y(v), GRID) for v in up]
+    body += [_text(left - 8, y(v) + 4, text, "end") for v, text in zip(up, texts, strict=True)]
+    body += [_line(x(v), bottom, x(v), bottom + 4) for v in across]
+    body += [_text(x(v), bottom + 18, text, "middle") for v, text in zip(across, below, strict=True)]
+    body += [_line(left, bottom, right, bottom)]
+    body += [_text((left + right) / 2, bottom + 36, xlabel, "middle")] * bool(xlabel)
+    body += [_text(8, top - 10, ylabel)] * bool(ylabel)
     for own, (stroke, marker) in zip(points.values(), styles, strict=True):
         path, pen = "", "M"
         for at, value, deviation in own:
@@ -251,8 +231,8 @@ def lines(
         spots = [(x(at), y(value)) for at, value, _ in own if finite(value)] if marker else []
         body += [f'<g transform="translate({px:.1f} {py:.1f})">{marker}</g>' for px, py in spots]
     if reference:
-        body.append(_line(ends[0], y(reference[0]), ends[1], y(reference[0]), DASHED))
-    return _svg(title, size[0], size[1], body)
+        body.append(_line(left, y(reference[0]), right, y(reference[0]), DASHED))
+    return _svg(title, width, bottom + (46 if xlabel else 28), body)
 
 
 def head_map(

@@ -8,7 +8,6 @@ alignment, uniformity, mean cosines, how often a relevant pair's cosine exceeds 
 cosines as two columns of bars.
 """
 
-import argparse
 import json
 import math
 import sys
@@ -18,13 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval import DEFAULT_MODEL, encode
+from eval import encode
 from formats.catalogue import expand_names, resolve_datasets
 from formats.datasets import RetrievalDataset
 from formats.embedders import load_embedder
 from model import Embedder
 from support.files import check_writable, write_atomic
+from support.flags import limited
 from support.launch import ArgumentParser, pick_device, pick_dtype, run_command
+from support.runs import DEFAULT_MODEL
 
 GEOMETRY_PAIRS = 5000  # sampled from a dataset for --geometry
 
@@ -156,13 +157,13 @@ def print_geometry(results: list[dict], width: int) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The exit status, as `run_command` says."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = ArgumentParser("geometry", description=__doc__, formatter_class=raw)
+    parser = ArgumentParser("geometry", description=__doc__)
     add = parser.add_argument
     add("--dataset", nargs="+", required=True, metavar="NAME", help="named as in eval.py")
     add("--model", default=DEFAULT_MODEL, help="folder, or owner/name[@revision] (default: %(default)s)")
     add("--split", help="the judgements: qrels/SPLIT.tsv (default: test; msmarco: dev)")
-    add("--max-length", type=int, help="tokens kept of each text (default: the checkpoint's)")
+    length = "tokens kept of each text (default: the checkpoint's)"
+    add("--max-length", type=limited(int, 1), metavar="N", help=length)
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
     add("--dtype", default="auto", help="compute dtype: auto, float32, bfloat16, float16 (default: auto)")
     add("--json", metavar="FILE", help="write the figures and the histograms")

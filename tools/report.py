@@ -21,14 +21,16 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import dream
 import eval as yardstick
+from dream import OBJECTIVES, Settings
 from formats.catalogue import expand_names, resolve_datasets
 from formats.embedders import load_embedder
 from formats.results import average
 from formats.templates import TEMPLATES
 from support.files import InputError, check_writable, read_json, write_atomic
-from support.launch import ArgumentParser, pick_device, pick_dtype, run_command
+from support.flags import limited, sections
+from support.launch import ArgumentParser, run_command
+from support.runs import RUN_FILES
 from tools import figures
 from tools.export import public_name, table
 
@@ -81,12 +83,13 @@ Block = str | Heading | Figure | Table  # a str is a paragraph
 Blocks = Iterator[Block]
 Run = namedtuple("Run", "folder steps dev settings heads results checkpoints")
 Args = argparse.Namespace
+UNGIVEN = ("num_heads", "judge_context", "judge_lr")  # 0 there: not given
 
 
 def read_run(folder: Path) -> Run:
     """What a run has written so far. Raises InputError."""
-    if not any((folder / name).is_file() for name in dream.RUN_FILES):
-        raise InputError(f"{folder}: is no run of dream.py train (none of {', '.join(dream.RUN_FILES)})")
+    if not any((folder / name).is_file() for name in RUN_FILES):
+        raise InputError(f"{folder}: is no run of dream.py train (none of {', '.join(RUN_FILES)})")
     files = [folder / f"{name}.json" for name in ("settings", "heads", "results", "checkpoints")]
     contents = [read_json(file) if file.exists() else {} for file in files]
     path = folder / "metrics.jsonl"
@@ -185,8 +188,7 @@ def queries(run: Run, args: Args) -> Blocks:
     if not run.checkpoints:
         raise InputError("the run has no checkpoint yet")
     dataset = resolve_datasets(expand_names([name])[0])[0]
-    device = pick_device(args.device)
-    embedder = load_embedder(run.folder, device, pick_dtype("auto", device)[0])
+    embedder = load_embedder(run.folder, args.device)
     hits = yardstick.dense_hits(embedder, dataset, DEPTH + yardstick.MARGIN)
     result, ranked = yardstick.evaluate_hits(dataset, hits, DEPTH, per_query=True)
     scores = result["ndcg@10_per_query"]
@@ -241,8 +243,10 @@ def speed(run: Run, args: Args) -> Blocks:
 def setting(name: str, value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(setting(name, item) for item in value) or "none"
-    if isinstance(value, bool) or value in (None, ""):
-        return {True: "yes", False: "no"}.get(value, "none")
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if value in (None, "") or not value and name in UNGIVEN:
+        return "none"
     templates = {text: name for name, text in TEMPLATES.items()}
     text = public_name(value) if name in {*INPUTS, "heads"} else templates.get(value, str(value))
     return json.dumps(text, ensure_ascii=False) if text != text.strip() or "\n" in text else text
@@ -251,12 +255,12 @@ def setting(name: str, value: Any) -> str:
 def settings(run: Run, args: Args) -> Blocks:
     """Grouped as in --help; marked are those that are not the default."""
     names = run.settings.keys() - {"resume", "change_settings", "overwrite"}  # of a call
-    for group, flags in dream.FLAGS.items():
+    defaults, objective = vars(Settings()), run.settings.get("objective", "dream")
+    defaults["temperature"] = OBJECTIVES[objective].temperature
+    for group, flags in sections(Settings).items():
         shown = Table(group.capitalize(), ["setting", "value"], [], 2, [])
-        for _, name, default, *_ in (flag for flag in flags if "t" in flag[0] and flag[1] in names):
-            if name == "temperature":
-                default = dream.TEMPERATURES.get(run.settings.get("objective", "dream"))
-            value, default = setting(name, run.settings[name]), setting(name, default)
+        for name in (name for name in flags if name in names):
+            value, default = setting(name, run.settings[name]), setting(name, defaults[name])
             changed = value != default and name not in INPUTS
             shown.marked.extend([len(shown.rows)] * changed)
             shown.rows.append([name, value + f" (default: {default})" * changed])
@@ -333,13 +337,12 @@ def report(args: Args) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The exit status, as `run_command` says."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = ArgumentParser("report", description=__doc__, formatter_class=raw)
+    parser = ArgumentParser("report", description=__doc__)
     add = parser.add_argument
     add("run", metavar="RUN", help="a run's folder")
     add("--out", metavar="FILE.html", help="where (default: RUN/report.html); beside it FILE.md, FILE/*.svg")
     add("--dataset", metavar="NAME", help="of the queries, as in eval.py (default: the run's first test set)")
-    add("--queries", type=dream.number(int, 0), default=10, metavar="N", help="how many (default: 10)")
+    add("--queries", type=limited(int, 0), default=10, metavar="N", help="how many (default: 10)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
     args = parser.parse_args(argv)
     return run_command("report", lambda: report(args))

@@ -29,19 +29,22 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import dream
 import eval as yardstick
+from attention import head_tensors, log_softmax_scores
 from data import Document, Row, collate
-from formats.catalogue import BEIR, RTEB, resolve_datasets
-from formats.checkpoints import Checkpoint
+from dream import Settings, build_judge, make_reader, parse_arguments
+from formats.catalogue import BEIR, RTEB, resolve_dataset
+from formats.checkpoints import Checkpoint, make_builder
 from formats.datasets import Corpus, RetrievalDataset
 from formats.embedders import load_embedder
 from formats.kept import STORED, EmbeddingStore
-from model import Embedder
+from model import Embedder, read_prefix
 from related.bm25 import BM25
-from support.files import InputError, cache_folder, check_writable, read_json
-from support.launch import pick_device, pick_dtype, run_command
-from support.runs import resolve_run
+from related.qrhead import read_heads, steering
+from support.files import InputError, cache_folder, check_writable
+from support.flags import limited
+from support.launch import ArgumentParser, pick_device, pick_dtype, run_command
+from support.runs import DEFAULT_MODEL, locate, resolve_run
 
 Find = Callable[[str, int], yardstick.Hits]  # (question, k) -> what is found for it
 
@@ -58,11 +61,7 @@ def open_corpus(name: str) -> Corpus:
         file = path / "corpus.jsonl" if path.is_dir() else path
         if file.is_file() and file.suffix != ".zip":
             return Corpus(file)
-    dataset, *others = resolve_datasets(name, flag="--corpus")
-    if others:
-        raise InputError(f"--corpus {name}: has several parts; give the folder of one of them")
-    assert isinstance(dataset.documents, Corpus)
-    return dataset.documents
+    return resolve_dataset(name, flag="--corpus").documents
 
 
 def dense_search(embedder: Embedder, corpus: Corpus, folder: Path, dtype: torch.dtype) -> Find:
@@ -106,43 +105,44 @@ def best_documents(find: Find, corpus: Corpus, question: str, k: int) -> list[di
     ]
 
 
-def read_run(model: str) -> argparse.Namespace:
+def read_run(model: str) -> Settings:
     """The settings of the run that --model is, or is a checkpoint of. Raises InputError."""
     run = Path(model) if (Path(model) / "checkpoints.json").exists() else Path(model).parent
     if not all((run / f"{name}.json").is_file() for name in ("checkpoints", "settings", "heads")):
         raise InputError(
             f"--model {model}: no heads.json of a judge; --explain needs a run of dream.py train"
         )
-    return dream.parse_arguments(["train", "--resume", str(run)])
+    return parse_arguments(["train", "--resume", str(run)])
 
 
 @torch.no_grad()
-def explain(args: argparse.Namespace, settings: argparse.Namespace, question: str, found: list[dict]) -> dict:
+def explain(args: argparse.Namespace, settings: Settings, question: str, found: list[dict]) -> dict:
     """Add to each document its "weight" and, with an answer, "loss" and "gain"; see the top of this file.
 
     Returns {"answer", "loss" with these weights, "uniform_loss"}, or {} without an answer.
     """
     device = pick_device(args.device)
     scores = torch.tensor([[hit["score"] for hit in found]], device=device)  # (1, N)
-    log_weights = dream.log_softmax_scores(scores, scores.isfinite(), settings.temperature)
+    log_weights = log_softmax_scores(scores, scores.isfinite(), settings.temperature)
     for hit, weight in zip(found, log_weights[0].exp().tolist(), strict=True):
         hit["weight"] = weight
     if not args.explain:
         return {}
-    checkpoint = Checkpoint(settings.judge, device, pick_dtype(args.dtype, device)[0])
-    judge = dream.build_judge(settings, checkpoint, resolve_run(args.model))
-    path = Path(settings.out) / "heads.json"
-    heads = dream.head_tensors(dream.read_heads(path, read_json(path), checkpoint.config), device)
+    checkpoint = Checkpoint(locate(settings.judge), device, pick_dtype(args.dtype, device)[0])
+    judge = build_judge(settings, checkpoint, resolve_run(args.model))
+    heads = head_tensors(read_heads(Path(settings.out) / "heads.json", checkpoint.config)[0], device)
     documents = [Document(hit["title"], hit["text"]) for hit in found]
-    builder = dream.make_builder(settings, checkpoint.config, checkpoint.folder)
+    how = settings.judge_template, settings.judge_context, settings.max_target
+    builder = make_builder(checkpoint.folder, *how)
+    reader = make_reader(settings, judge, builder, device)
     prompts = builder.build([Row(0, question, args.explain, documents, None, "--explain")])
     batch = collate(prompts, device, settings.inject_rows)
 
     def loss(log_weights: Tensor) -> float:
-        return dream.dream_loss(judge, batch, log_weights, heads, settings.document_mass == "keep").item()
+        return reader.loss(batch, log_weights, heads, read_prefix(judge, batch)).item()
 
     uniform = loss(torch.zeros_like(log_weights).log_softmax(-1))
-    for hit, alone in zip(found, dream.steering(judge, prompts, heads, settings, device)[0], strict=True):
+    for hit, alone in zip(found, steering(reader, prompts, heads)[0], strict=True):
         hit |= {"loss": alone.item(), "gain": uniform - alone.item()}
     return {"answer": args.explain, "loss": loss(log_weights), "uniform_loss": uniform}
 
@@ -192,16 +192,13 @@ def search(args: argparse.Namespace) -> None:
         raise InputError("the question is empty")
     if args.explain and args.question is None:
         raise InputError("--explain ANSWER needs its question on the command line")
-    if args.model == yardstick.DEFAULT_MODEL and not Path(args.model).exists():
-        raise InputError(f"{args.model} does not exist: train it (`python dream.py train`) or pass --model")
     settings = None if args.explain is None else read_run(args.model)
     k = args.k or (settings.candidates if settings else 10)
     corpus = open_corpus(args.corpus)
     if args.model == "bm25":
         find = bm25_search(corpus)
     else:
-        device = pick_device(args.device)
-        embedder = load_embedder(args.model, device, pick_dtype(args.dtype, device)[0], args.max_length)
+        embedder = load_embedder(args.model, args.device, args.dtype, args.max_length)
         folder = Path(args.embeddings or cache_folder() / "embeddings")
         find = dense_search(embedder, corpus, folder, STORED[args.embeddings_dtype])
     for question in questions(args.question):
@@ -216,17 +213,16 @@ def search(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The exit status, as `run_command` says."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("search", description=__doc__, formatter_class=raw, allow_abbrev=False)
+    parser = ArgumentParser("search", description=__doc__)
     add = parser.add_argument
     asked = "without it, questions are asked for one after another"
     add("question", nargs="?", type=utf8, help=asked)
     model = "a run, a checkpoint, or bm25 (default: %(default)s)"
-    add("--model", default=yardstick.DEFAULT_MODEL, help=model)
+    add("--model", default=DEFAULT_MODEL, help=model)
     corpus = "folder with corpus.jsonl, such a file (.gz, .xz), or name as in eval.py (default: %(default)s)"
     add("--corpus", default="demo", metavar="NAME", help=corpus)
     count = "documents shown (default: 10; with --explain as said above)"
-    add("--k", type=dream.number(int, 1), metavar="N", help=count)
+    add("--k", type=limited(int, 1), metavar="N", help=count)
     add("--full", action="store_true", help="show whole passages")
     add("--json", action="store_true", help="print a JSON object a question, each on a line")
     told = "the weight of each document, and how much it helps the judge to predict ANSWER"
@@ -235,7 +231,7 @@ def main(argv: list[str] | None = None) -> int:
     kept = "as what they are kept (default: %(default)s; half precision halves the disk)"
     add("--embeddings-dtype", choices=list(STORED), default="float32", help=kept)
     length = "tokens kept of each text (default: the checkpoint's)"
-    add("--max-length", type=dream.number(int, 1), metavar="N", help=length)
+    add("--max-length", type=limited(int, 1), metavar="N", help=length)
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
     add("--dtype", default="auto", help="compute dtype: auto, float32, bfloat16, float16 (default: auto)")
     args = parser.parse_args(argv)

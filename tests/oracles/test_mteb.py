@@ -8,18 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from test_eval import SHARED, random_texts, write_beir
+from small import SHARED, random_texts, write_beir
 from tiny import byte_tokenizer, tiny_checkpoint
 
 import eval as yardstick
-import formats.catalogue
-import formats.results
+from formats.catalogue import BEIR, RTEB, _task_parts
 from formats.checkpoints import Checkpoint
 from formats.datasets import RetrievalDataset, load_dataset
 from formats.embedders import load_embedder, save_embedder
+from formats.results import MTEB_DROPS, _languages, average, write_mteb
 from model import Embedder, add_lora, lora_layers
+from support.launch import CPU
 
-CPU = torch.device("cpu")
 FLOAT32 = {"model_kwargs": {"dtype": torch.float32}}
 METRICS = [f"{name}@{k}" for name in ("ndcg", "map", "recall", "precision") for k in (1, 3, 5, 10, 100)]
 
@@ -98,7 +98,7 @@ def test_mteb_averages_the_subsets_and_splits_of_a_task(mteb, tmp_path):
     embedder = Embedder(
         Checkpoint(tiny_checkpoint(tmp_path / "tiny"), CPU, torch.float32).decoder(), byte_tokenizer()
     )
-    results = []
+    datasets, results = [], []
     for number, (task, split, subset) in enumerate(
         [
             ("CUREv1", "all", "en"),
@@ -111,17 +111,19 @@ def test_mteb_averages_the_subsets_and_splits_of_a_task(mteb, tmp_path):
         dataset = load_dataset(random_dataset(tmp_path / str(number), 10 * number))
         dataset = replace(dataset, task=task, split=split, subset=subset, revision="r", benchmark=task)
         result = yardstick.evaluate_embedder(embedder, dataset, keep_identical_ids=True)
-        results.append((dataset, result | {"seconds": 1.5}))
-    formats.results.write_mteb(tmp_path / "out", "owner/model", "0123abc", results)
+        datasets.append(dataset)
+        results.append(result | {"seconds": 1.5})
+    write_mteb(tmp_path / "out", "owner/model", "0123abc", datasets, results)
 
     cache = mteb.ResultCache(cache_path=tmp_path / "out")
     (of_model,) = cache.load_results(models=["owner/model"]).model_results
     assert (of_model.model_name, of_model.model_revision) == ("owner/model", "0123abc")
     by_task = {result.task_name: result for result in of_model.task_results}
-    means = formats.results.average([result for _, result in results])
+    means = average(results)
     assert set(by_task) == {"CUREv1", "MIRACLRetrievalHardNegatives"}
     for task, found in by_task.items():
-        parts = [r["metrics"]["ndcg@10"] for dataset, r in results if dataset.task == task]
+        pairs = zip(datasets, results, strict=True)
+        parts = [result["metrics"]["ndcg@10"] for dataset, result in pairs if dataset.task == task]
         assert len(set(parts)) == len(parts)
         assert found.get_score() == pytest.approx(sum(parts) / len(parts), abs=1e-12)
         assert found.get_score() == pytest.approx(means[task]["ndcg@10"], abs=5.1e-6)  # ours is rounded
@@ -129,33 +131,31 @@ def test_mteb_averages_the_subsets_and_splits_of_a_task(mteb, tmp_path):
     assert set(by_task["CUREv1"].scores) == {"all", "dermatology"} and by_task["CUREv1"].hf_subsets == ["en"]
     assert sorted(by_task["MIRACLRetrievalHardNegatives"].hf_subsets) == ["de", "en", "fr"]
     one = by_task["CUREv1"].get_score(splits=["dermatology"])
-    assert one == results[1][1]["metrics"]["ndcg@10"]
+    assert one == results[1]["metrics"]["ndcg@10"]
 
 
 def test_names_revisions_and_rules_of_public_tasks_are_mtebs(mteb):
     """Every task that we name is one of mteb's, at the revision and in the parts that it evaluates."""
-    drops = {task for task, _ in formats.catalogue.BEIR.values()} - {"CQADupstack"} | set(
-        formats.catalogue.RTEB
-    )
-    tasks = {task.metadata.name: task for task in mteb.get_tasks(tasks=sorted(drops))}
-    assert set(tasks) == drops
-    assert {name for name, task in tasks.items() if task.ignore_identical_ids} == formats.results.MTEB_DROPS
-    for name, (repository, revision) in formats.catalogue.RTEB.items():
+    names = {task for task, _ in BEIR.values()} - {"CQADupstack"} | set(RTEB)
+    tasks = {task.metadata.name: task for task in mteb.get_tasks(tasks=sorted(names))}
+    assert set(tasks) == names
+    assert {name for name, task in tasks.items() if task.ignore_identical_ids} == MTEB_DROPS
+    for name, (repository, revision) in RTEB.items():
         dataset = tasks[name].metadata.dataset
         assert (dataset["path"], dataset["revision"]) == (repository, revision)
-        splits = {split for split, *_ in formats.catalogue._task_parts(name, None)}
+        splits = {split for split, *_ in _task_parts(name, None)}
         assert splits == set(tasks[name].eval_splits), name
-    for name, (task, _) in formats.catalogue.BEIR.items():
+    for name, (task, _) in BEIR.items():
         if task in tasks:
             assert tasks[task].eval_splits == ["dev" if name == "msmarco" else "test"]
-    languages = {part[1] for part in formats.catalogue._task_parts("MIRACLRetrievalHardNegatives", None)}
+    languages = {part[1] for part in _task_parts("MIRACLRetrievalHardNegatives", None)}
     assert languages == set(tasks["MIRACLRetrievalHardNegatives"].hf_subsets)
     assert {task.metadata.main_score for task in tasks.values()} == {"ndcg_at_10"}
     for name, task in tasks.items():
         for subset, spoken in task.metadata.hf_subsets_to_langscripts.items():
             if name != "CUREv1" or subset == "en":
                 dataset = RetrievalDataset("", "", Path(), {}, {}, documents=[], task=name, subset=subset)
-                assert sorted(set(formats.results._languages(dataset))) == sorted(set(spoken)), (name, subset)
+                assert sorted(set(_languages(dataset))) == sorted(set(spoken)), (name, subset)
 
 
 def local_task(folder, drop_identical_ids: bool):

@@ -13,12 +13,12 @@ from formats.checkpoints import Checkpoint
 from formats.embedders import load_embedder, save_embedder
 from model import Embedder, add_lora, lora_layers
 from support.files import InputError
+from support.launch import CPU
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 sentence_transformers = pytest.importorskip("sentence_transformers")
 
-CPU = torch.device("cpu")
 TEXTS = ["a", "some longer text", "東京 🙂", "x" * 90]
 
 

@@ -6,10 +6,11 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from test_export import CPU, OPTIONS, PROMPTS, TEXTS, make_run
+from test_export import OPTIONS, PROMPTS, TEXTS, make_run
 from tiny import tiny_checkpoint
 
 from formats.embedders import load_embedder
+from support.launch import CPU
 from tools.export import main
 
 peft = pytest.importorskip("peft")

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from test_dream import CPU
-from test_objectives import every
 from tiny import byte_tokenizer, make_rows, tiny_checkpoint
 
-import dream
-from data import PromptBuilder
+from data import Piece, PromptBuilder
 from formats.checkpoints import Checkpoint
+from related.replug import Replug
+from support.launch import CPU
 
 transformers = pytest.importorskip("transformers")
 
@@ -21,10 +20,10 @@ def test_judge_likelihoods_equal_a_loop_over_single_prompts(tmp_path, likelihood
     judge = Checkpoint(folder, CPU, torch.float32).causal_lm()
     builder = PromptBuilder(byte_tokenizer(), 1000, max_target=6)
     rows = make_rows([3, 5, 2])
-    inputs = dream.judge_inputs(builder, rows, every(objective="replug"), (0,))
+    objective = Replug(judge, builder, likelihood=likelihood)
     present = torch.arange(5) < torch.tensor([[3], [5], [2]])
-    scored = dream.Scored(rows, inputs, present.float(), None, present, None, None, None, None)
-    found = dream.judge_likelihoods(scored, judge, likelihood)  # (3, 5)
+    read = [prompts for prompts, _ in objective.prepare(rows, (0,))]
+    found = objective.likelihoods(Piece(rows, read, None, None, present, None), ~present)  # (3, 5)
     assert torch.equal(found.isfinite(), present)
     instruction, middle = builder.template.split("{documents}")
     for row, own in zip(rows, found, strict=True):

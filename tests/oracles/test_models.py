@@ -6,7 +6,7 @@ from tiny import byte_tokenizer, config_file, random_lm
 
 from data import pad
 from formats.checkpoints import Checkpoint, save_weights
-from model import Cache
+from support.launch import CPU
 
 transformers = pytest.importorskip("transformers")
 
@@ -41,7 +41,7 @@ def both(tmp_path, changes, dtype=torch.float32):
     """The same folder through our loader and through transformers'."""
     config = config_file(tmp_path / "made", **changes)
     save_weights(random_lm(config), tmp_path / "checkpoint", torch.float32)
-    ours = Checkpoint(tmp_path / "checkpoint", torch.device("cpu"), dtype).causal_lm()
+    ours = Checkpoint(tmp_path / "checkpoint", CPU, dtype).causal_lm()
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint", dtype=dtype)
     return ours, theirs.eval()
 
@@ -90,25 +90,12 @@ def test_suffix_over_padded_prefixes(tmp_path):
     ours, theirs = both(tmp_path, NETWORKS["qwen2"])
     generator = torch.Generator().manual_seed(2)
     rows = [torch.randint(0, 256, (n,), generator=generator).tolist() for n in (9, 25, 17)]
-    prefix, lengths = pad([row[:-4] for row in rows], torch.device("cpu"))
-    cache = Cache(lengths)
-    ours.model(prefix, store=cache)
+    prefix, lengths = pad([row[:-4] for row in rows], CPU)
+    cache = ours.model.read(prefix, lengths)
     hidden = ours.model(torch.tensor([row[-4:] for row in rows]), prefix=cache)
     for row, own in zip(rows, hidden, strict=True):
         expected = theirs.model(torch.tensor([row])).last_hidden_state[0, -4:]
         torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_our_checkpoint_in_transformers_4_dialect(tmp_path):
-    """config.json carries both dialects: the figures of transformers 4 stand beside those of 5."""
-    import json
-
-    config = config_file(tmp_path / "made", **NETWORKS["llama3-rope"])
-    save_weights(random_lm(config), tmp_path / "out", torch.bfloat16)
-    written = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert written["rope_theta"] == written["rope_parameters"]["rope_theta"] == 5e5
-    assert written["rope_scaling"]["rope_type"] == written["rope_parameters"]["rope_type"] == "llama3"
-    assert written["torch_dtype"] == written["dtype"] == "bfloat16"
 
 
 def test_tokens_equal(tmp_path):

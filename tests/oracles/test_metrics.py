@@ -1,4 +1,4 @@
-"""Metrics and the order of tied hits against pytrec_eval, on runs where nearly everything is a tie."""
+"""Metrics against pytrec_eval, on deep runs where nearly everything is a tie."""
 
 import random
 
@@ -46,17 +46,6 @@ def test_metrics_equal_pytrec_eval(seed, levels):
         reciprocal = expected["recip_rank"]  # theirs has no cut: below 1/10 is beyond rank 10
         cut = reciprocal if reciprocal > 0.0999 else 0.0
         assert ours["mrr@10"][row] == pytest.approx(cut, abs=1e-6)
-
-
-def test_the_order_of_ties_is_pytrec_evals():
-    """One relevant document at a time: its reciprocal rank says where pytrec_eval put it."""
-    generator = random.Random(7)
-    docs = [str(i) for i in range(120)] + ["a", "B", "é", "Z-1"]
-    hits = {d: generator.choice((0.1, 0.2, 0.2 + 1e-10, 0.3)) for d in docs}
-    order = yardstick.ranking(hits)
-    for doc_id in docs:
-        theirs = pytrec_eval.RelevanceEvaluator({"q": {doc_id: 1}}, {"recip_rank"}).evaluate({"q": hits})
-        assert round(1 / theirs["q"]["recip_rank"]) == order.index(doc_id) + 1
 
 
 def test_a_query_missing_from_the_run_counts_zero_here_and_is_left_out_there():

@@ -1,0 +1,78 @@
+"""InfoNCE (arXiv 1807.03748): the cross-entropy of softmax(s / tau) with the marked document.
+
+    loss = -log( exp(s_+ / tau) / sum_j exp(s_j / tau) )
+
+over the row's candidates, or, with in-batch negatives, over all documents of the step, of all processes;
+equal texts count once. Needs the label that DREAM does without, and no judge.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from attention import exact
+from data import Batch, Objective, Piece, Row, Rows, to_device
+from support.files import InputError
+from support.launch import join_processes
+
+
+class InfoNCE(Objective):
+    needs_judge = False
+
+    def __init__(self, temperature: float, in_batch_negatives: bool = False, together: int = 1 << 30):
+        self.tau, self.in_batch_negatives, self.together = temperature, in_batch_negatives, together
+
+    def check(self, rows: Rows, usable: list[int]) -> None:
+        for index in tqdm(usable, desc="check", unit="row", disable=len(rows) < 50_000):
+            if (row := rows[index]).positive is None:
+                raise InputError(
+                    f"{row.where}: --objective infonce needs 'positive', the index of the relevant document, "
+                    f"among the first {rows.num_candidates} (--candidates)"
+                )
+
+    def prepare(self, rows: list[Row], seed: tuple[int, ...]) -> list[tuple[Any, int]]:
+        return [(None, 0) for _ in rows]
+
+    def loss(self, piece: Piece, log_weights: Tensor, embeddings: Tensor, batch: Batch) -> Tensor:
+        positives = to_device(piece.positives[:, 1:], log_weights.device)  # (B, 1): every row has one
+        if not self.in_batch_negatives:
+            return -log_weights.gather(1, positives)[:, 0]
+        device = log_weights.device
+        queries, candidates, own = (
+            to_device(x, device) for x in (piece.queries, piece.candidates, batch.digests)
+        )
+        relevant = own[candidates.gather(1, positives) - batch.num_queries]  # (B, 1), the text's digest
+        documents = gather_rows(embeddings[batch.num_queries :])  # (M, C)
+        digests = gather_rows(own[:, None])[:, 0]  # (M,)
+        repeated = (digests[:, None] == digests).tril(-1).any(1)  # (M,), the first of equal texts stays
+        logits = exact(embeddings[queries] @ documents.T) / self.tau  # (B, M)
+        target = (digests == relevant).int().argmax(1)  # (B,), the first that equals it
+        return F.cross_entropy(logits.masked_fill(repeated, -torch.inf), target, reduction="none")
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        rank, processes = join_processes()
+        lengths = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(processes)]
+        torch.distributed.all_gather(lengths, torch.tensor([len(rows)], device=rows.device))
+        counts = torch.cat(lengths).tolist()
+        padded = F.pad(rows, (0, 0, 0, max(counts) - len(rows)))
+        parts = [torch.empty_like(padded) for _ in range(processes)]
+        torch.distributed.all_gather(parts, padded)
+        ctx.own = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(gradient)
+        return gradient[ctx.own]
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """The rows of all processes, (M, C); each process gets back the gradient of its own."""
+    return _GatherRows.apply(rows) if join_processes()[1] > 1 else rows
