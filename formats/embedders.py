@@ -235,12 +235,12 @@ def save_adapter(decoder: Decoder, folder: Path, base: str) -> None:
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
-def save_embedder(embedder: Embedder, folder: Path, base: str = "", modules: bool = True) -> None:
+def save_embedder(embedder: Embedder, folder: Path, base: str = "") -> None:
     """A folder that load_embedder, PEFT and sentence-transformers load: the adapter, or all weights where
     there is none.
 
-    base: the checkpoint that the adapter belongs to. modules: with sentence-transformers' module files;
-    without them a merged checkpoint is a plain one that also knows its length and prompts.
+    base: the checkpoint that the adapter belongs to. sentence-transformers' module files are always there:
+    without them it would pool by the mean and not normalise.
     """
     if lora_layers(embedder.decoder):
         save_adapter(embedder.decoder, folder, base)
@@ -269,9 +269,8 @@ def save_embedder(embedder: Embedder, folder: Path, base: str = "", modules: boo
             "append_eos": embedder.append_eos,
         },
     }
-    if modules:
-        files |= _module_files(embedder.dim)
-        (folder / "2_Normalize").mkdir(exist_ok=True)
+    files |= _module_files(embedder.dim)
+    (folder / "2_Normalize").mkdir(exist_ok=True)
     for name, content in files.items():
         write_atomic(folder / name, json.dumps(content, indent=1) + "\n")
 

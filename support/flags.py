@@ -116,7 +116,7 @@ def read_settings(path: Path, kind: type) -> dict[str, Any]:
         if value is None:  # what an older version wrote where nothing was given
             continue
         default = default_of(known[name])
-        kinds = {float: (int, float), type(None): str}.get(type(default), type(default))
+        kinds: Any = {float: (int, float), type(None): str}.get(type(default), type(default))
         choices = known[name].metadata.get("choices")
         fits = isinstance(value, kinds) and (isinstance(default, bool) or not isinstance(value, bool))
         fits = fits and not (isinstance(value, list) and any(not isinstance(item, str) for item in value))

@@ -249,7 +249,7 @@ def good_files(folder: Path) -> None:
     lm = random_lm(config)
     formats.checkpoints.save_weights(lm, folder, torch.float32)
     model.add_lora(lm.model, 2, 4.0, targets=ADAPTER["target_modules"])
-    formats.embedders.save_embedder(model.Embedder(lm.model, byte_tokenizer()), folder, "base", modules=False)
+    formats.embedders.save_embedder(model.Embedder(lm.model, byte_tokenizer()), folder, "base")
     (folder / "adapter_config.json").unlink()
 
 

@@ -4,10 +4,12 @@ import json
 
 import pytest
 import torch
-from tiny import byte_tokenizer, config_file, learning, random_lm, tiny_checkpoint
+from tiny import byte_tokenizer, config_file, learning, make_rows, random_lm, tiny_checkpoint, write_rows
 
+import dream
+from eval import encode, search
 from formats.checkpoints import Checkpoint
-from formats.embedders import load_embedder, save_embedder
+from formats.embedders import as_saved, load_embedder, save_embedder
 from model import Embedder
 from support.files import InputError
 from support.launch import CPU
@@ -92,3 +94,49 @@ def test_limits_are_read_beside_the_weights(tmp_path):
     assert load_embedder(tmp_path / "out", CPU, torch.float32).max_length == 10
     (inner / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 7}))
     assert load_embedder(tmp_path / "out", CPU, torch.float32).max_length == 7
+
+
+def test_shortened_embeddings_are_refused(tmp_path):
+    folder = tiny_checkpoint(tmp_path / "tiny")
+    save_embedder(load_embedder(folder), tmp_path / "saved")
+    path = tmp_path / "saved" / "config_sentence_transformers.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"truncate_dim": 16}))
+    with pytest.raises(InputError, match="truncate_dim is 16, and shortened embeddings are not supported"):
+        load_embedder(tmp_path / "saved")
+
+
+def test_a_training_embeds_as_its_retriever_was_saved_to(tmp_path, capsys):
+    """Length, prompts and EOS are taken over and printed; a flag overrides; what was resumed stays."""
+    folder = tiny_checkpoint(tmp_path / "tiny")
+    prompts = {"query": "find: ", "document": ""}
+    decoder = Checkpoint(folder, CPU, torch.float32).decoder()
+    save_embedder(Embedder(decoder, byte_tokenizer(), 40, prompts, append_eos=True), tmp_path / "saved")
+    open_ = {"max_length": 0, "query_prompt": None, "document_prompt": None, "append_eos": False}
+    taken = as_saved(tmp_path / "saved", open_)
+    assert taken == {"max_length": 40, "query_prompt": "find: ", "document_prompt": "", "append_eos": True}
+    assert "was saved: max_length=40, query_prompt='find: ', append_eos=True" in capsys.readouterr().out
+    given = open_ | {"max_length": 20, "query_prompt": ""}
+    assert as_saved(tmp_path / "saved", given) == {"document_prompt": "", "append_eos": True}
+    plain = as_saved(folder, open_)
+    assert plain == {"max_length": 512, "query_prompt": "", "document_prompt": "", "append_eos": False}
+
+    write_rows(tmp_path / "rows.jsonl", make_rows([3] * 12))
+    start = ["--train", str(tmp_path / "rows.jsonl"), "--judge", str(folder), "--steps", "1", "--batch", "2"]
+    out = ["--retriever", str(tmp_path / "saved"), "--out", str(tmp_path / "run"), "--lora-rank", "2"]
+    capsys.readouterr()
+    assert dream.main(["train", *start, *out, "--max-length", "30"]) == 0
+    embedder = load_embedder(tmp_path / "run")
+    assert (embedder.max_length, embedder.prompts["query"]) == (30, "find: ")
+    assert embedder.tokenize(["ab"], "query")[0][-1] == 256
+    settings = json.loads((tmp_path / "run" / "settings.json").read_text())
+    assert settings["query_prompt"] == "find: " and settings["append_eos"] is True
+
+
+def test_a_kind_that_is_none_and_a_single_text(tmp_path):
+    embedder = load_embedder(tiny_checkpoint(tmp_path / "tiny"))
+    with pytest.raises(InputError, match="'passage' is no kind of text here; use 'query', 'document'"):
+        encode(embedder, ["red"], "passage")
+    one = encode(embedder, "red cats", "query")
+    assert one.shape == (1, embedder.dim) and torch.equal(one, encode(embedder, ["red cats"], "query"))
+    scores, found = search(one, one, k=5)
+    assert scores.shape == found.shape == (1, 1) and found.item() == 0

@@ -104,7 +104,7 @@ def test_an_export_embeds_as_the_run(tmp_path, kind, options):
     assert exported.describe()["append_eos"] == bool(options)
     assert (to / "adapter_model.safetensors").exists() == (kind == "adapter")
     assert (to / "model.safetensors").exists() == (kind != "adapter")
-    assert (to / "modules.json").exists() == (kind != "merged")
+    assert (to / "modules.json").exists()  # whatever the format: without it, others pool by the mean
     assert [path.name for path in to.parent.iterdir()] == ["mine"]
 
 

@@ -180,7 +180,6 @@ def model_card(embedder: model.Embedder, checkpoint: Path, base: str, kind: str,
     plain = TRANSFORMERS.replace("LOAD", PEFT if kind == "adapter" else PLAIN)
     for snippet in [plain] if kind == "merged" else [SENTENCE_TRANSFORMERS, plain]:
         parts.append(re.sub(r"\b(NAME|LENGTH|QUERY|DOCUMENT)\b", lambda found: fields[found[0]], snippet))
-    parts += ["sentence-transformers pools such a plain checkpoint by its mean."] * (kind == "merged")
     command = f"python eval.py --model {shlex.quote(name)} --dataset scifact"
     parts += [f"```console\n$ {command}\n```", "## Embeddings"]
     lines = [f"The last token's hidden state, L2-normalised: {how['dim']} dimensions, compared by cosine"]
@@ -243,7 +242,7 @@ def export(args: argparse.Namespace) -> None:
     temporary = to.with_name(f".{to.name}.tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
-        save_embedder(embedder, temporary, base, modules=args.format != "merged")
+        save_embedder(embedder, temporary, base)
         write_atomic(temporary / "README.md", card)
         if to.is_dir():
             shutil.rmtree(to)

@@ -9,6 +9,7 @@ from tiny import byte_tokenizer, tiny_checkpoint
 from tokenizers.processors import TemplateProcessing
 
 from data import pad
+from eval import encode
 from formats.checkpoints import Checkpoint
 from formats.embedders import load_embedder, save_embedder
 from model import Embedder, add_lora, lora_layers
@@ -185,3 +186,26 @@ def test_the_eos_that_tokenizer_config_asks_for(tmp_path, processor):
         (ids,) = embedder.tokenize([text], "query")
         assert (ids[0], ids[-1], len(ids)) == (257, 258, min(len(text), 14) + 2)
         assert ids == theirs(text, truncation=True, max_length=16)["input_ids"]
+
+
+def test_a_chat_templates_folder_is_refused(tmp_path):
+    """sentence-transformers 6 renders each text through a chat template where the base has one."""
+    base = tiny_checkpoint(tmp_path / "base")
+    turns = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
+    path = base / "tokenizer_config.json"
+    known = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<|endoftext|>"}
+    path.write_text(json.dumps(known | {"chat_template": turns}))
+    network = modules.Transformer(str(base))
+    parts = [network, modules.Pooling(48, pooling_mode="lasttoken"), modules.Normalize()]
+    folder = tmp_path / "saved"
+    sentence_transformers.SentenceTransformer(modules=parts, device="cpu").save(str(folder))
+    with pytest.raises(InputError, match="sentence_bert_config.json: its texts go through a chat template"):
+        load_embedder(folder)
+    settings = json.loads((folder / "sentence_bert_config.json").read_text())
+    del settings["modality_config"]["message"]  # as the message says
+    (folder / "sentence_bert_config.json").write_text(json.dumps(settings))
+    theirs = sentence_transformers.SentenceTransformer(str(folder), device="cpu")
+    expected = torch.from_numpy(theirs.encode(["red cats", "a"]))
+    torch.testing.assert_close(
+        encode(load_embedder(folder, dtype="float32"), ["red cats", "a"], "query"), expected
+    )

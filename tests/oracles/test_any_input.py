@@ -156,7 +156,7 @@ def folder(tmp_path_factory):
     save_weights(lm, folder / "base", torch.float32)
     add_lora(lm.model, 2, 4.0, targets=ADAPTER["target_modules"])
     tokenizer = byte_tokenizer()
-    save_embedder(Embedder(lm.model, tokenizer), folder / "adapter", "base", modules=False)
+    save_embedder(Embedder(lm.model, tokenizer), folder / "adapter", "base")
     for name, text in DATASET.items():
         (folder / "dataset" / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / "dataset" / name).write_bytes(text)

@@ -94,7 +94,7 @@ def test_adapter_in_peft(tmp_path, options):
     check(peft.PeftModel.from_pretrained(base, folder).eval(), folder, run)
 
 
-@pytest.mark.parametrize("kind", ["sentence-transformers", "adapter"])
+@pytest.mark.parametrize("kind", ["sentence-transformers", "merged", "adapter"])
 @pytest.mark.parametrize("options", [OPTIONS, {}], ids=["options", "plain"])
 @pytest.mark.parametrize("config", FAMILIES, ids=lambda config: config["model_type"])
 def test_in_sentence_transformers(tmp_path, kind, options, config):
