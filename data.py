@@ -25,9 +25,9 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
-from tqdm import tqdm
 
 from support.files import InputError, JsonLines
+from support.show import progress
 
 
 @dataclass(frozen=True)
@@ -318,7 +318,9 @@ class PromptBuilder:
 def check_prompts(rows: Rows, builder: PromptBuilder) -> None:
     """Every row's prompt must be buildable now, not after hours; prints how many targets are cut."""
     cut = 0
-    for first in tqdm(range(0, len(rows), 1024), desc="check", unit="x1024 rows", disable=len(rows) < 50_000):
+    for first in progress(
+        range(0, len(rows), 1024), desc="check", unit="x1024 rows", hidden=len(rows) < 50_000
+    ):
         cut += builder.check([rows[i] for i in range(first, min(first + 1024, len(rows)))])
     print(f"{cut:,} targets cut to {builder.max_target} tokens", flush=True)
 

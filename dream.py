@@ -44,7 +44,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from attention import Injection, head_tensors, log_softmax_scores
 from data import (
@@ -83,7 +82,7 @@ from support import launch, runs
 from support.files import InputError, read_json, write_atomic
 from support.flags import add_flags, flag, read_settings, resumed
 from support.runs import COUNTS, Log, locate, resolve_run
-from support.show import print_settings, print_training, warn_about_temperature
+from support.show import print_settings, print_training, progress, warn_about_temperature
 
 DEMO = Path(__file__).resolve().parent / "demo"
 
@@ -563,7 +562,7 @@ def fit(
             yield prepare(models.retriever, objective, own, (settings.seed, step), rank, processes)
 
     log = Log(out / "metrics.jsonl" if rank == 0 else None, first)
-    bar = tqdm(total=settings.steps, initial=first, desc="train", unit="step", disable=rank > 0)
+    bar = progress(total=settings.steps, initial=first, desc="train", unit="step", hidden=rank > 0)
     stopped, done = None, True
     with runs.Interrupt() as interrupt, log, bar:
         for step, batch in enumerate(launch.one_ahead(prepared()), first):

@@ -51,7 +51,7 @@ from support import launch
 from support.files import InputError, check_writable, write_atomic
 from support.flags import add_flags, flag
 from support.runs import DEFAULT_MODEL, locate
-from support.show import print_averages, print_header, print_result
+from support.show import print_averages, print_header, print_result, progress
 
 CUTOFFS = (1, 3, 5, 10, 100, 1000)
 # Padded tokens a batch: on a CPU small batches of equal lengths stay in its caches, a GPU wants to be filled.
@@ -198,7 +198,9 @@ def dense_hits(
     missing = [block for block in blocks if store is None or not store.holds(*block)]
     remaining = sum(end - start for start, end in missing)
     best = None
-    with tqdm(desc=f"{dataset.name}: encode", unit="tok", unit_scale=True, disable=quiet or rank > 0) as bar:
+    with progress(
+        desc=f"{dataset.name}: encode", unit="tok", unit_scale=True, hidden=quiet or rank > 0
+    ) as bar:
         ahead = launch.one_ahead(tokenized(missing))
         for start, end in blocks:
             if store is not None and (start, end) not in missing:
@@ -234,7 +236,7 @@ def _merge(scores: Tensor, indices: Tensor, k: int, processes: int) -> tuple[Ten
 def bm25_hits(dataset: RetrievalDataset, k: int, quiet: bool = False) -> Hits:
     """BM25 over a streamed corpus; the index is in memory, the texts are not."""
     name, total = f"{dataset.name}: index", dataset.num_documents
-    texts = (text for _, text in tqdm(dataset.corpus(), name, total, unit="doc", disable=quiet))
+    texts = (text for _, text in progress(dataset.corpus(), desc=name, total=total, unit="doc", hidden=quiet))
     scores, indices = BM25(texts).search(list(dataset.queries.values()), k, quiet)
     return Hits(scores, indices, dataset.documents.ids)
 

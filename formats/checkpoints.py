@@ -31,8 +31,9 @@ def read_config(path: Path) -> Config:
             raise InputError(f"{path}: {key} is {value!r}, expected a positive number")
         return value
 
-    if raw.get("auto_map"):
-        print(f"note: {path} names code of its own (auto_map), which is never run", flush=True)
+    if any(str(name).startswith("AutoModel") for name in raw.get("auto_map") or ()):  # LLM2Vec's way
+        told = "names network code of its own (auto_map), which is never run and may not be causal"
+        raise InputError(f"{path}: {told}; if it is plain {family}, remove auto_map from a local copy")
     if raw.get("is_causal") is False or raw.get("use_bidirectional_attention"):
         raise InputError(f"{path}: the attention is bidirectional, only causal networks are supported")
     if raw.get("hidden_act", "silu") != "silu":

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from data import Document
 from support.files import InputError, JsonLines, Part, open_seekable, part_name, safe_members
+from support.show import progress
 
 
 @dataclass
@@ -82,7 +82,7 @@ class Corpus:
         self.name, self.ids = self._lines.name, Ids()
         digest, hashes, seen, kept = hashlib.blake2b(digest_size=16), array("q"), set(), array("q")
         own = os.environ.get("RANK", "0") == "0"  # of several processes, the first shows what it does
-        bar = tqdm(self, desc=f"read {self.name}", unit="doc", unit_scale=True, delay=3, disable=not own)
+        bar = progress(self, desc=f"read {self.name}", unit="doc", unit_scale=True, delay=3, hidden=not own)
         for index, (doc_id, document) in enumerate(bar):
             if repeats:
                 if doc_id in seen:

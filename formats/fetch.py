@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
-from tqdm import tqdm
 
 from support.files import BAD_ZIP, InputError, safe_members
+from support.show import progress
 
 
 def fetch_zip(url: str, folder: Path, md5: str | None = None) -> Path:
@@ -70,7 +70,7 @@ def download(url: str, path: Path, md5: str | None = None, patience: int = 5) ->
                 have = have if response.status == 206 else 0  # some servers begin anew
                 length = response.headers.get("Content-Length")
                 total = have + int(length) if length else None
-                bar = tqdm(desc=path.name, total=total, initial=have, unit="B", unit_scale=True)
+                bar = progress(desc=path.name, total=total, initial=have, unit="B", unit_scale=True)
                 with bar, open(part, "ab" if have else "wb") as file:
                     while chunk := response.read(1 << 20):
                         file.write(chunk)
@@ -116,7 +116,7 @@ def unpack(archive: Path, folder: Path) -> None:
                 raise InputError(
                     f"{archive}: unpacks to {size / 1e9:.1f} GB, {folder.parent} has {free / 1e9:.1f} GB free"
                 )
-            for member in tqdm(members, desc=f"unpack {folder.name}", unit="file", disable=size < 1e9):
+            for member in progress(members, desc=f"unpack {folder.name}", unit="file", hidden=size < 1e9):
                 zipped.extract(member, temporary)
         roots = {Path(m.filename).parts[0] for m in members}
         inner = temporary / roots.pop() if len(roots) == 1 else temporary

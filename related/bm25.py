@@ -9,9 +9,9 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from support.files import InputError
+from support.show import progress
 
 
 def _blocks(items: Iterable, size: int) -> Iterator[list]:
@@ -97,7 +97,7 @@ class BM25:
         """
         scores = np.full((len(queries), k), -np.inf, np.float32)
         indices = np.full((len(queries), k), -1, np.int64)
-        for row, query in enumerate(tqdm(queries, desc="BM25: search", unit="query", disable=quiet)):
+        for row, query in enumerate(progress(queries, desc="BM25: search", unit="query", hidden=quiet)):
             total = self._scores(query)  # (N,)
             found = np.flatnonzero(total)
             if len(found) > k:

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from attention import exact
 from data import Batch, Objective, Piece, Row, Rows, to_device
 from support.files import InputError
 from support.launch import join_processes
+from support.show import progress
 
 
 class InfoNCE(Objective):
@@ -26,7 +26,7 @@ class InfoNCE(Objective):
         self.tau, self.in_batch_negatives, self.together = temperature, in_batch_negatives, together
 
     def check(self, rows: Rows, usable: list[int]) -> None:
-        for index in tqdm(usable, desc="check", unit="row", disable=len(rows) < 50_000):
+        for index in progress(usable, desc="check", unit="row", hidden=len(rows) < 50_000):
             if (row := rows[index]).positive is None:
                 raise InputError(
                     f"{row.where}: --objective infonce needs 'positive', the index of the relevant document, "

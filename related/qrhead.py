@@ -18,13 +18,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from attention import Heads, Injection, head_tensors, log_softmax_scores
 from data import JudgeBatch, Prompt, PromptBuilder, Row, collate
 from model import Cache, CausalLM, Config, read_prefix, target_loss
 from support.files import InputError, read_json
-from support.show import head_map, print_report
+from support.show import head_map, print_report, progress
 
 
 @dataclass
@@ -133,7 +132,7 @@ def score_heads(reader: Reader, rows: list[Row]) -> tuple[Tensor, dict[str, int]
     config = reader.judge.config
     scores = torch.zeros(config.num_hidden_layers, config.num_attention_heads, device=reader.device)
     usable = rows[:32] if blind else [row for row in rows if labels[row.index][0] is not None]
-    for first in tqdm(range(0, len(usable), reader.batch), desc="heads", unit="batch"):
+    for first in progress(range(0, len(usable), reader.batch), desc="heads", unit="batch"):
         some = usable[first : first + reader.batch]
         prompts = reader.builder.shuffled(some, reader.seed)
         if blind:
@@ -185,7 +184,7 @@ def describe_heads(reader: Reader, rows: list[Row], heads: Heads) -> dict:
     known = [(row, index) for row in rows if (index := relevant_document(row)[0]) is not None]
     tensors = head_tensors(heads, reader.device)
     budget, ranges, hits, gains = 0.0, [], 0, []
-    for first in tqdm(range(0, len(rows), reader.batch), desc="steering", unit="batch"):
+    for first in progress(range(0, len(rows), reader.batch), desc="steering", unit="batch"):
         some = rows[first : first + reader.batch]
         prompts = reader.builder.shuffled(some, reader.seed)
         shares = document_shares(*attention_on_prefix(reader, prompts, "target")).sum((0, -1))  # (L, Hq)
@@ -196,6 +195,7 @@ def describe_heads(reader: Reader, rows: list[Row], heads: Heads) -> dict:
         hits += sum(candidate == relevant_document(row)[0] for candidate, row in best)
     report: dict[str, float | None] = {"budget": budget / len(heads) / len(rows)}
     report["steering_range"] = sum(ranges) / len(rows)
+    report["chance"] = sum(1 / len(row.documents) for row in rows) / len(rows)
     report["steering_best_is_relevant"] = hits / len(known) if known else None
     for first in range(0, len(known) if len(known) > 1 else 0, reader.batch):
         asked = known[first : first + reader.batch]

@@ -4,6 +4,8 @@ import sys
 import textwrap
 from typing import Any
 
+from tqdm import tqdm
+
 
 def print_header(width: int) -> None:
     """The head of the table whose rows `print_result` prints; width: of the longest dataset's name."""
@@ -57,6 +59,30 @@ def head_map(scores: list[list[float]], heads: list[tuple[int, int]]) -> str:
     return "\n".join(lines)
 
 
+ENOUGH = {"context_gain": 0.5, "steering_range": 0.2, "times_chance": 1.5}  # for `verdict`
+
+
+def verdict(report: dict) -> str:
+    """One sentence: can these heads of this judge teach on these rows? By ENOUGH; what is unknown is enough.
+
+    The demo has 2.80 nats, 3.33 nats and 7.7 times chance, a judge with random weights 0.01, 1.00 and 0.5.
+    """
+    gain, best = report["context_gain"], report["steering_best_is_relevant"]
+    why = []
+    if gain is not None and gain < ENOUGH["context_gain"]:
+        why.append("the judge predicts the target hardly better with the relevant document than with another")
+    if report["steering_range"] < ENOUGH["steering_range"]:
+        why.append("these heads hardly move the loss")
+    if best is not None and best < ENOUGH["times_chance"] * report["chance"]:
+        why.append("the loss is not lowest with the weight on the relevant document")
+    if not why:
+        return "these heads of this judge can teach on these rows"
+    limits = (
+        f"{ENOUGH['context_gain']} nats, {ENOUGH['steering_range']} nats, {ENOUGH['times_chance']} x chance"
+    )
+    return f"warning: cannot teach on these rows: {', and '.join(why)} (limits: {limits})"
+
+
 def print_report(labels: dict | None, num_rows: int, num_heads: int, total: int, report: dict) -> None:
     """Whether the chosen heads can teach: what related/qrhead.py's `describe_heads` found."""
     kinds = ", ".join(f"{count} by {kind}" for kind, count in (labels or {}).items() if count)
@@ -73,8 +99,7 @@ def print_report(labels: dict | None, num_rows: int, num_heads: int, total: int,
         f"  steering range                        {report['steering_range']:.2f} nats"
         + (f", best candidate is the relevant one in {best:.0%}" if best is not None else "")
     )
-    if report["steering_range"] < 0.05:
-        print("warning: the steering range is under 0.05 nats: these heads cannot teach")
+    print(verdict(report))
     if labels and labels["none"] == num_rows:
         print("note: no row tells its relevant document; heads are ranked by the gradient of the loss")
     sys.stdout.flush()
@@ -103,3 +128,8 @@ def warn_about_temperature(effective: float, candidates: int, temperature: float
             f"warning: the weights are uniform ({effective:.2f} of {candidates} candidates); lower "
             f"--temperature (now {temperature:g}), or the scores will not matter"
         )
+
+
+def progress(items: Any = None, hidden: bool = False, **options: Any) -> tqdm:
+    """A progress bar over items, or one to be updated; tqdm's options. None where stderr is no terminal."""
+    return tqdm(items, disable=hidden or None, **options)

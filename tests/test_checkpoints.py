@@ -99,13 +99,19 @@ def test_a_tied_head_that_differs_is_told(tmp_path):
         Checkpoint(folder, CPU, torch.float32).causal_lm()
 
 
-def test_code_in_a_checkpoint_is_told_and_never_run(tmp_path, capsys):
-    """Nor is a pickle read: only safetensors count."""
+def test_code_in_a_checkpoint_is_never_run(tmp_path):
+    """A network of its own code may be bidirectional: refused. Nor is a pickle read: only safetensors count."""
     trap = tmp_path / "ran"
-    folder = tiny_checkpoint(tmp_path / "tiny", auto_map={"AutoModel": "modeling.Own"})
+    folder = tiny_checkpoint(tmp_path / "own")
+    (folder / "modeling.py").write_text(f"open({str(trap)!r}, 'w')")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "modeling.Own"}}))
+    with pytest.raises(InputError, match="never run and may not be causal; if it is plain qwen2, remove"):
+        load(folder)
+    folder = tiny_checkpoint(tmp_path / "tiny", auto_map={"AutoTokenizer": ["modeling.Own", None]})
     (folder / "modeling.py").write_text(f"open({str(trap)!r}, 'w')")
     load(folder)
-    assert "never run" in capsys.readouterr().out and not trap.exists()
+    assert not trap.exists()
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(InputError, match="neither model.safetensors nor"):
         load(folder)

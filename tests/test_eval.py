@@ -1,5 +1,6 @@
 """The yardstick against slow twins: metrics, search, encoding, and the command line."""
 
+import io
 import json
 import math
 import os
@@ -220,10 +221,19 @@ def test_progress_knows_the_tokens_to_come(small, monkeypatch):
             bars.append((bar.n, bar.total))
         return embeddings
 
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
     monkeypatch.setattr(yardstick, "embed_all", watched)
+    monkeypatch.setattr("sys.stderr", Terminal())
     yardstick.dense_hits(CountingEmbedder(), dataset, 10, document_block=100)
     assert [done < total for done, total in bars] == [True, True, False] and bars[-1][0] == bars[-1][1]
     assert bars[0][1] == pytest.approx(bars[-1][1], rel=0.25)
+    shown, log = sys.stderr.getvalue(), io.StringIO()
+    monkeypatch.setattr("sys.stderr", log)
+    yardstick.dense_hits(CountingEmbedder(), dataset, 10, document_block=100)
+    assert "small: encode" in shown and not log.getvalue()  # nobody watches a log file
 
 
 def test_the_next_block_is_made_while_one_is_used():

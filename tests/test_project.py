@@ -48,7 +48,7 @@ def test_the_size_promise():
 
 def test_all_code_beside_the_tests_stays_small():
     assert len(PYTHON) > 30
-    assert sum(len(lines(name)) for name in PYTHON) <= 8_900
+    assert sum(len(lines(name)) for name in PYTHON) <= 9_300
 
 
 def test_floors():

@@ -24,6 +24,7 @@ from related.qrhead import (
 )
 from support.files import InputError
 from support.launch import CPU
+from support.show import verdict
 
 
 def test_attention_to_keys_is_the_softmax():
@@ -161,3 +162,20 @@ def test_heads_without_labels_are_ranked_by_gradient(tmp_path, capsys):
     judge.requires_grad_()
     learns = select_heads(Reader(judge, builder, CPU), rows, "top", 3, "judge")
     torch.testing.assert_close(torch.tensor(learns["scores"]), torch.tensor(saved["scores"]))
+
+
+@pytest.mark.parametrize(
+    "changes, told",
+    [
+        ({}, "these heads of this judge can teach on these rows"),
+        ({"context_gain": None, "steering_best_is_relevant": None}, "these heads of this judge can teach"),
+        ({"context_gain": 0.01}, "hardly better with the relevant document"),
+        ({"steering_range": 0.05}, "these heads hardly move the loss"),
+        ({"steering_best_is_relevant": 0.3}, "not lowest with the weight on the relevant document"),
+    ],
+)
+def test_the_verdict(changes, told):
+    """The real model's figures, and one at a time too small."""
+    report = {"context_gain": 3.34, "steering_range": 2.48, "steering_best_is_relevant": 0.83, "chance": 0.25}
+    assert told in verdict(report | changes)
+    assert ("cannot teach" in verdict(report | changes)) == ("can teach" not in told)

@@ -24,12 +24,12 @@ from typing import Any
 import numpy as np
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from tqdm import tqdm
 
 from formats.checkpoints import config_json, load_tokenizer, read_config
 from model import CausalLM, Config, rope_frequencies
 from support.files import InputError, check_writable, write_atomic
 from support.launch import ArgumentParser, run_command
+from support.show import progress
 
 FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 DTYPES = {"float32": (torch.float32, "F32"), "bfloat16": (torch.bfloat16, "BF16")}  # safetensors' names
@@ -185,7 +185,7 @@ def convert_weights(source: Source, config: Config, path: Path, dtype: str) -> N
     permuted = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        for name, theirs in tqdm(matched.items(), desc="convert", unit="tensor"):
+        for name, theirs in progress(matched.items(), desc="convert", unit="tensor"):
             weights, part = source.weights(theirs), name.split(".")[-2]
             if config.model_type == "llama" and part in permuted:
                 weights = neighbours_to_halves(weights, permuted[part])

@@ -1,17 +1,24 @@
 """Training rows from a corpus: candidates for questions with answers, or questions out of its text alone.
 
+    python -m tools.mine --questions train-v1.1.json --window 45 --out rows.jsonl
     python -m tools.mine --corpus corpus.jsonl --questions questions.jsonl --out rows.jsonl
     python -m tools.mine --corpus corpus.jsonl --questions questions.jsonl --by runs/a --out again.jsonl
     python -m tools.mine --corpus corpus.jsonl --from-text rest --out rows.jsonl
     python -m tools.mine --corpus corpus.jsonl --groups 16 --out groups.jsonl
 
-A question is a JSON object a line, {"query", "answers", "passage_id": optional}. Its candidates are the
-source passage, where it is known, and the best other documents by BM25 or an embedder (--by); answers are not
-used to choose them. It ends with how many targets the judge will find in a candidate as it sees them.
+A question is a JSON object a line, {"query", "answers", "passage_id": optional}, or one of SQuAD's .json,
+whose paragraphs are the corpus. Its candidates are the source passage, where it is known, the best other
+documents by BM25 or an embedder (--by), and random ones where these are too few; answers are not used to
+choose them. It ends with how many targets the judge will find in a candidate as it sees them.
+
+--window cuts documents into windows of so many words. The source is the best window of its passage that holds
+the answer. The others come from other passages, at most one of each, and do not hold it.
 
 --from-text cuts documents into passages of whole sentences and draws a question from each. "next": a sentence
 asks, the one after it is the target, and the passage is shown without the one that asks. "rest": the first
-words of a sentence ask for its last third. --groups writes rows of consecutive passages, for Revela.
+words of a sentence ask for its last third. "blank": a sentence asks for a name, number or rare phrase taken
+out of it; the passage repeats that phrase and is shown without the sentence. --groups writes rows of
+consecutive passages, for Revela.
 """
 
 import argparse
@@ -19,10 +26,15 @@ import json
 import random
 import re
 import sys
-from collections.abc import Iterator
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from data import Document, Rows, shuffled
@@ -32,12 +44,29 @@ from formats.datasets import Corpus, RetrievalDataset
 from formats.embedders import load_embedder
 from formats.templates import read_template
 from related.bm25 import BM25
-from support.files import InputError, JsonLines, check_writable, writing
+from support.files import InputError, JsonLines, check_writable, read_json, writing
 from support.flags import limited
 from support.launch import ArgumentParser, one_process, run_command
 from support.runs import locate
 
 PASSAGE_WORDS = 100  # of whole sentences; a longer sentence is a passage by itself
+WORD = re.compile(r"(?<![#&])\b\w+(?:['’-]\w+|[.,:/]\d+)*")  # O'Neil, 3:45 and 1,200 are one word each
+RARE = 0.005  # a word of at most this share of the passages is rare, and one of at most two
+AROUND = 12  # words of the sentence that are kept around a blank
+FEW = "; train needs at least 10"
+
+
+@dataclass
+class Question:
+    query: str
+    target: str
+    source: str  # what the report counts it under
+    passage: int | None  # number of the document asked about, where it is known
+    shown: str | None = None  # of a question from text: its passage as a candidate shows it
+    windows: list[int] = field(default_factory=list)  # those of its passage that hold the target
+
+
+Documents = Corpus | list[tuple[str, Document]]  # (id, document) by number
 
 
 def sentences(text: str) -> list[str]:
@@ -57,6 +86,39 @@ def passages(text: str, words: int = PASSAGE_WORDS) -> Iterator[str]:
         count += length
     if held:
         yield " ".join(held)
+
+
+def windows(text: str, size: int) -> Iterator[str]:
+    """Windows of `size` words, each half a window after the one before; the last one ends with the text.
+
+    Two neighbours share half of their words, so a short answer lies whole in one of them.
+    """
+    words = text.split()
+    last = max(len(words) - size, 0)
+    for start in [*range(0, last, size // 2), last]:
+        yield " ".join(words[start : start + size])
+
+
+def write_corpus(documents: Documents, path: Path, cut: Callable[[str], Iterable[str]] | None) -> Corpus:
+    """The documents as a corpus.jsonl; cut in parts, which follow one another and have the ids ID#N."""
+    with writing(path) as file:
+        for doc_id, document in tqdm(documents, desc="passages", unit="doc"):
+            for number, text in enumerate(cut(document.text) if cut else [document.text]):
+                name = f"{doc_id}#{number}" if cut else doc_id
+                passage = {"_id": name, "title": document.title, "text": text}
+                file.write(json.dumps(passage, ensure_ascii=False) + "\n")
+    return Corpus(path)
+
+
+def _owner(corpus: Corpus, number: int) -> str:
+    """The id of the document that a passage or window is a part of."""
+    return corpus.ids[number].rpartition("#")[0]
+
+
+def holds(text: str, phrase: str) -> bool:
+    """Whether the phrase occurs in the text as whole words, in any case and with any spaces."""
+    pattern = r"\s+".join(map(re.escape, phrase.split()))
+    return re.search(rf"(?<!\w){pattern}(?!\w)", text, re.IGNORECASE) is not None
 
 
 def text_question(text: str, recipe: str, *seed: int) -> tuple[str, str, str] | None:
@@ -92,116 +154,68 @@ def _gives_away(query: str, target: str) -> bool:
     )
 
 
-def mine(args: argparse.Namespace) -> None:
-    """Training rows from a corpus and questions with answers: the source passage, where it is known, and the
-    best other documents by BM25 or an embedder. Answers are not used to choose candidates."""
-    one_process("mine")
-    check_writable(args.out)
-    out, path = Path(args.out), Path(args.corpus)
-    corpus = Corpus(path / "corpus.jsonl" if path.is_dir() else path)
-    if args.from_text or args.groups:
-        corpus = cut_into_passages(corpus, out)
-    if args.groups:
-        return write_groups(corpus, out, args.groups)
-    if args.from_text:
-        questions = text_questions(corpus, args)
-    else:
-        numbers = {doc_id: number for number, doc_id in enumerate(corpus.ids)}
-        lines = JsonLines(Path(args.questions))
-        questions = [read_question(lines, index, numbers, corpus) for index in range(len(lines))]
-        if args.limit and args.limit < len(questions):
-            questions = [questions[i] for i in sorted(shuffled(len(questions), args.seed)[: args.limit])]
-    if not questions:
-        raise InputError(f"{args.questions or args.corpus}: no questions")
-    without = 0
-    wanted = min(
-        args.candidates + 4, len(corpus)
-    )  # some are the source, or have a text that is there already
-    queries = [question["query"] for question in questions]
-    if args.by == "bm25":
-        texts = tqdm((d.full_text for _, d in corpus), total=len(corpus), desc="index", unit="doc")
-        _, found = BM25(texts).search(queries, wanted, quiet=False)
-    else:
-        embedder = load_embedder(args.by, args.device, args.dtype)
-        named = {str(number): query for number, query in enumerate(queries)}
-        dataset = RetrievalDataset(path.name, "", path, named, {}, documents=corpus)
-        found = dense_hits(embedder, dataset, wanted).indices
-    with writing(out) as file:
-        for question, hits in zip(tqdm(questions, desc="write", unit="row"), found.tolist(), strict=True):
-            candidates = candidate_documents(question, hits, corpus)[: args.candidates]
-            documents = [{"title": d.title, "text": d.text} for d in candidates]
-            if not documents:
-                without += 1
-                continue
-            row = {key: question[key] for key in ("query", "target", "source")} | {"documents": documents}
-            row |= {} if question["passage"] is None else {"positive": 0}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    if without:
-        print(f"{without:,} questions left out: they share no word with any document")
-    report_targets(args, out)
+def rare_phrases(sentence: str, counts: Counter[str], limit: int) -> list[tuple[int, int]]:
+    """Where up to four rare words stand in a row, (start, end), rarest first.
 
-
-def candidate_documents(question: dict, hits: list[int], corpus: Corpus) -> list[Document]:
-    """A question's candidates, each text once: its source, where it is known, then the hits.
-
-    Of a question from text, the passage's neighbours stand before the hits and random ones after them, and
-    none of those may hold the query or the target.
+    A rare word occurs in at most `limit` texts or has a digit: names, numbers, technical terms.
     """
-    source, shown = question["passage"], question.get("shown")
-    numbers = [*question.get("neighbours", []), *hits, *question.get("spare", [])]
-    others = [corpus[i][1] for i in numbers if i >= 0 and i != source]
-    if shown is not None:
-        others = [d for d in others if question["target"] not in d.text and question["query"] not in d.text]
-    first = [] if source is None else [corpus[source][1]]
-    if shown is not None:
-        first = [replace(first[0], text=shown)]
-    return [document for document in dict.fromkeys(first + others) if document.full_text]
+    runs = list[list[re.Match]]()
+    for word in WORD.finditer(sentence):
+        if counts[word[0].lower()] > limit and not any(map(str.isdigit, word[0])):
+            continue
+        if runs and sentence[runs[-1][-1].end() : word.start()] == " ":
+            runs[-1].append(word)
+        else:
+            runs.append([word])
+    runs = [run for run in runs if len(run) <= 4 and run[-1].end() - run[0].start() >= 3]
+    runs.sort(key=lambda run: min(counts[word[0].lower()] for word in run))
+    return [(run[0].start(), run[-1].end()) for run in runs]
 
 
-def cut_into_passages(corpus: Corpus, out: Path) -> Corpus:
-    """The corpus in passages of whole sentences, written beside the rows; a document's follow one another."""
-    path = out.with_name(out.name + ".passages.jsonl")
-    with writing(path) as file:
-        for doc_id, document in tqdm(corpus, total=len(corpus), desc="passages", unit="doc"):
-            for number, text in enumerate(passages(document.text)):
-                passage = {"_id": f"{doc_id}#{number}", "title": document.title, "text": text}
-                file.write(json.dumps(passage, ensure_ascii=False) + "\n")
-    return Corpus(path)
+def blank_question(text: str, counts: Counter[str], limit: int, *seed: int) -> tuple[str, str, str] | None:
+    """A query and a target out of a passage, and the passage as a candidate may show it; None if it has none.
+
+    The target is the rarest phrase of a sentence that occurs in another one of the passage too. The query is
+    the words around it, with "what" in its place; the passage is shown without that sentence. Which sentence
+    is drawn by the seed. (Salient spans as in REALM, 2002.08909; cloze questions as in Lewis et al.,
+    1906.04980.)
+    """
+    parts = sentences(text)
+    for number in shuffled(len(parts), *seed):
+        sentence, shown = parts[number], " ".join(part for part in parts if part != parts[number])
+        for start, end in rare_phrases(sentence, counts, limit):
+            target, before, after = sentence[start:end], sentence[:start].split(), sentence[end:].split()
+            before = before[-max(AROUND // 2, AROUND - len(after)) :]
+            query = " ".join([*before, "what", *after[: AROUND - len(before)]])
+            query = re.sub(r"\s+([,;:.!?)])", r"\1", query).strip(" .,;:!?") + "?"
+            if len(query.split()) >= 5 and not holds(query, target) and holds(shown, target):
+                return query, target, shown
+    return None
 
 
-def text_questions(corpus: Corpus, args: argparse.Namespace) -> list[dict]:
-    """One question for each passage that has one, by the recipe of `--from-text`; of --limit passages."""
-    chosen = shuffled(len(corpus), args.seed)[: args.limit] if args.limit else range(len(corpus))
+def text_questions(corpus: Corpus, recipe: str, limit: int | None, seed: int) -> list[Question]:
+    """One question for each passage that has one, by a recipe of `--from-text`; of `limit` passages."""
+    counts, rare = Counter[str](), max(round(RARE * len(corpus)), 2)  # in how many passages each word occurs
+    if recipe == "blank":
+        for _, document in corpus:
+            counts.update({word.lower() for word in WORD.findall(document.text)})
+    chosen = shuffled(len(corpus), seed)[:limit] if limit else range(len(corpus))
     questions = []
     for number in tqdm(sorted(chosen), desc="questions", unit="passage"):
-        drawn = text_question(corpus[number][1].text, args.from_text, args.seed, number)
-        if drawn is None:
-            continue
-        query, target, shown = drawn
-        owner = corpus.ids[number].rpartition("#")[0]
-        near = [i for i in (number - 1, number + 1) if 0 <= i < len(corpus)]
-        near = [i for i in near if corpus.ids[i].rpartition("#")[0] == owner]
-        spare = random.Random(f"{args.seed} {number}").choices(range(len(corpus)), k=2 * args.candidates)
-        found = {"query": query, "target": target, "source": "text", "passage": number}
-        questions.append({**found, "shown": shown, "neighbours": near, "spare": spare})
+        text = corpus[number][1].text
+        if recipe == "blank":
+            drawn = blank_question(text, counts, rare, seed, number)
+        else:
+            drawn = text_question(text, recipe, seed, number)
+        if drawn is not None:
+            query, target, shown = drawn
+            questions.append(Question(query, target, "text", number, shown))
     print(f"{len(questions):,} questions out of {len(chosen):,} passages")
     return questions
 
 
-def write_groups(corpus: Corpus, out: Path, size: int) -> None:
-    """Rows of so many passages that follow one another, without question and target: Revela's."""
-    if len(corpus) < size:
-        raise InputError(f"--groups {size}: the corpus has {len(corpus):,} passages only")
-    with writing(out) as file:
-        for first in range(0, len(corpus) - size + 1, size):
-            documents = [corpus[i][1] for i in range(first, first + size)]
-            row = {"documents": [{"title": d.title, "text": d.text} for d in documents]}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    print(f"{out}: {len(corpus) // size:,} rows of {size} passages, for train --objective revela")
-
-
-def read_question(lines: JsonLines, index: int, numbers: dict[str, int], corpus: Corpus) -> dict:
-    """A question with its target, its source and, as `passage`, the number of the document asked about."""
+def read_question(lines: JsonLines, index: int, numbers: dict[str, int], corpus: Corpus) -> Question:
+    """A question with its target, its source and the number of the document asked about."""
     value = lines[index]
     key = next((k for k in ("query", "question", "text") if k in value), "query")
     target = next((value[k] for k in ("target", "answer", "answers", "output") if value.get(k)), None)
@@ -213,12 +227,191 @@ def read_question(lines: JsonLines, index: int, numbers: dict[str, int], corpus:
         raise InputError(f"{lines.where(index)}: passage_id {passage!r} is not in the corpus")
     if passage is not None and not corpus[numbers[str(passage)]][1].full_text:
         raise InputError(f"{lines.where(index)}: passage_id {passage!r} is an empty document of the corpus")
-    return {
-        "query": lines.text(index, value, key),
-        "target": target.strip(),
-        "source": lines.text(index, value, "source", default="all"),
-        "passage": None if passage is None else numbers[str(passage)],
-    }
+    return Question(
+        lines.text(index, value, key),
+        target.strip(),
+        lines.text(index, value, "source", default="all"),
+        None if passage is None else numbers[str(passage)],
+    )
+
+
+def read_squad(path: Path) -> tuple[list[tuple[str, Document]], list[Question]]:
+    """The paragraphs (id, document) and questions of a file in SQuAD's JSON, v1.1 or v2.0.
+
+    The shortest answer is the target. Questions without an answer are left out, and counted. Raises
+    InputError, with the place in the file, for what is missing or of another type.
+    """
+
+    def get(place: str, value: Any, key: str, kind: type) -> Any:
+        found = value.get(key) if isinstance(value, dict) else None
+        found = found.strip() if isinstance(found, str) else found
+        if isinstance(found, kind) and found != "":
+            return found
+        wrong = f"{key!r} is missing" + f" or not a {kind.__name__}" * bool(found)
+        raise InputError(": ".join(filter(None, (str(path), place, wrong))))
+
+    def each(place: str, value: Any, key: str) -> Iterator[tuple[str, Any]]:
+        for number, item in enumerate(get(place, value, key, list)):
+            yield f"{place}.{key}[{number}]".lstrip("."), item
+
+    paragraphs, questions, unanswerable = list[tuple[str, Document]](), list[Question](), 0
+    for i, (of_article, article) in enumerate(each("", read_json(path), "data")):
+        for j, (of_paragraph, paragraph) in enumerate(each(of_article, article, "paragraphs")):
+            title = get(of_article, article, "title", str).replace("_", " ") if "title" in article else ""
+            document = Document(title, get(of_paragraph, paragraph, "context", str))
+            for place, asked in each(of_paragraph, paragraph, "qas"):
+                query = get(place, asked, "question", str)
+                answers = [get(at, answer, "text", str) for at, answer in each(place, asked, "answers")]
+                if not answers or asked.get("is_impossible"):
+                    unanswerable += 1
+                else:
+                    questions.append(Question(query, min(answers, key=len), "squad", len(paragraphs)))
+            paragraphs.append((f"{i}.{j}", document))
+    if unanswerable:
+        print(f"{unanswerable:,} questions left out: they have no answer")
+    if not questions:
+        raise InputError(f"{path}: no questions")
+    return paragraphs, questions
+
+
+def find_windows(questions: list[Question], documents: Documents, corpus: Corpus) -> list[Question]:
+    """The questions with the windows of their passage that hold the target; left out are those without."""
+    of_document: dict[str, list[int]] = {}
+    for number in range(len(corpus)):
+        of_document.setdefault(_owner(corpus, number), []).append(number)
+    for question in questions:
+        if question.passage is not None:
+            own = of_document[documents[question.passage][0]]
+            question.windows = [n for n in own if holds(corpus[n][1].text, question.target)]
+    kept = [question for question in questions if question.passage is None or question.windows]
+    if lost := len(questions) - len(kept):
+        print(f"{lost:,} questions left out: no window of their passage holds the answer")
+    return kept
+
+
+def mine(args: argparse.Namespace) -> None:
+    """Training rows from questions with answers or from text: each question's passage, where it is known, and
+    the best other documents by BM25 or an embedder."""
+    one_process("mine")
+    check_writable(args.out)
+    out = Path(args.out)
+    documents: Documents
+    questions = list[Question]()
+    if not args.corpus:
+        documents, questions = read_squad(Path(args.questions))
+    else:
+        path = Path(args.corpus)
+        documents = Corpus(path / "corpus.jsonl" if path.is_dir() else path)
+        if args.questions:
+            numbers = {doc_id: number for number, doc_id in enumerate(documents.ids)}
+            lines = JsonLines(Path(args.questions))
+            questions = [read_question(lines, index, numbers, documents) for index in range(len(lines))]
+    if args.limit:
+        questions = [questions[i] for i in sorted(shuffled(len(questions), args.seed)[: args.limit])]
+    cut: Callable[[str], Iterable[str]] | None = passages if args.from_text or args.groups else None
+    if args.window:
+        cut = partial(windows, size=args.window)
+    if isinstance(documents, Corpus) and cut is None:
+        corpus = documents
+    else:
+        corpus = write_corpus(documents, out.with_name(out.name + ".passages.jsonl"), cut)
+    if args.window:
+        questions = find_windows(questions, documents, corpus)
+    if args.groups:
+        return write_groups(corpus, out, args.groups)
+    if args.from_text:
+        questions = text_questions(corpus, args.from_text, args.limit, args.seed)
+    if not questions:
+        raise InputError(f"{args.questions or args.corpus}: no questions")
+    recipe = "window" if args.window else args.from_text
+    # Some hits are the source, or have a text that is there already; these two recipes pass over many.
+    wanted = 12 * args.candidates if recipe in ("window", "blank") else args.candidates + 4
+    found = search(corpus, [q.query for q in questions], min(wanted, len(corpus)), args)
+    without = 0
+    with writing(out) as file:
+        for question, hits in zip(tqdm(questions, desc="write", unit="row"), found, strict=True):
+            best = [number for number in hits.tolist() if number >= 0]
+            if question.passage is None and not best:
+                without += 1
+                continue
+            candidates = candidate_documents(question, best, corpus, recipe, args.candidates, args.seed)
+            row: dict = {"query": question.query, "target": question.target, "source": question.source}
+            row["documents"] = [{"title": d.title, "text": d.text} for d in candidates]
+            row |= {} if question.passage is None else {"positive": 0}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    if without:
+        print(f"{without:,} questions left out: they share no word with any document")
+    report_targets(args, out)
+
+
+def search(corpus: Corpus, queries: list[str], k: int, args: argparse.Namespace) -> np.ndarray:
+    """(Q, k) numbers of the best documents of each query by BM25 or the embedder --by; -1 beyond them."""
+    if args.by == "bm25":
+        texts = tqdm((d.full_text for _, d in corpus), total=len(corpus), desc="index", unit="doc")
+        return BM25(texts).search(queries, k, quiet=False)[1]
+    embedder = load_embedder(args.by, args.device, args.dtype)
+    named, path = {str(number): query for number, query in enumerate(queries)}, Path(corpus.name)
+    dataset = RetrievalDataset(path.name, "", path, named, {}, documents=corpus)
+    return np.asarray(dense_hits(embedder, dataset, k).indices)
+
+
+def candidate_documents(
+    question: Question, hits: list[int], corpus: Corpus, recipe: str | None, count: int, seed: int
+) -> list[Document]:
+    """A question's candidates, `count` if the corpus has as many, each text once.
+
+    The source comes first, where it is known; with windows it is the best one that holds the target, or the
+    first one if none is among the hits. Then the passage's neighbours ("next" and "rest"), the hits, and
+    random documents. In rows from text or of windows, no other than the source holds the target.
+    """
+    passage, near, found = question.passage, list[int](), dict[Document, None]()
+    if question.windows:
+        passage = next((number for number in hits if number in question.windows), question.windows[0])
+    taken = set[str]()  # documents of which no other part may come
+    if passage is not None:
+        source = corpus[passage][1]
+        found[source if question.shown is None else replace(source, text=question.shown)] = None
+        if recipe in ("blank", "window"):
+            taken.add(_owner(corpus, passage))
+        elif recipe:
+            near = [number for number in (passage - 1, passage + 1) if 0 <= number < len(corpus)]
+            near = [number for number in near if _owner(corpus, number) == _owner(corpus, passage)]
+    drawn_by = f"{seed} {question.query if question.shown is None else passage}"
+    for number in chain(near, hits, at_random(len(corpus), drawn_by)):
+        if len(found) == count:
+            break
+        document, owner = corpus[number][1], _owner(corpus, number)
+        told = False  # whether it gives the target away
+        if recipe in ("next", "rest"):
+            told = question.target in document.text or question.query in document.text
+        elif recipe in ("blank", "window") and passage is not None:
+            told = holds(document.full_text, question.target)
+        if number == passage or not document.full_text or told or owner in taken:
+            continue
+        found[document] = None
+        if recipe == "window":
+            taken.add(owner)
+    return list(found)
+
+
+def at_random(count: int, seed: str) -> Iterator[int]:
+    """Random numbers below `count`, and at last every one that chance may have passed over."""
+    generator = random.Random(seed)
+    yield from (int(generator.random() * count) for _ in range(count))
+    yield from range(count)
+
+
+def write_groups(corpus: Corpus, out: Path, size: int) -> None:
+    """Rows of so many passages that follow one another, without question and target: Revela's."""
+    if len(corpus) < size:
+        raise InputError(f"--groups {size}: the corpus has {len(corpus):,} passages only")
+    with writing(out) as file:
+        for first in range(0, len(corpus) - size + 1, size):
+            documents = [corpus[i][1] for i in range(first, first + size)]
+            row = {"documents": [{"title": d.title, "text": d.text} for d in documents]}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    rows = len(corpus) // size
+    print(f"{out}: {rows:,} rows of {size} passages, for train --objective revela{FEW * (rows < 10)}")
 
 
 def report_targets(args: argparse.Namespace, path: Path) -> None:
@@ -238,7 +431,8 @@ def report_targets(args: argparse.Namespace, path: Path) -> None:
                 (1, row.positive is not None, any(holds), of_source, prompt.tokens_cut > 0, prompt.target_cut)
             ):
                 counts[i] += count
-    print(f"{path}: {len(rows):,} rows, {rows.skipped:,} with a single candidate left out in training")
+    kept = f"{len(rows):,} rows, {rows.skipped:,} with a single candidate left out in training"
+    print(f"{path}: {kept}{FEW * (len(rows) < 10)}")
     print(f"targets that occur in the candidates as {args.judge} sees them, in {builder.context:,} tokens:")
     width = max(len("source"), *map(len, table))
     print(f"{'source':{width}}{'rows':>10}{'in any':>10}{'in source':>12}{'docs cut':>10}{'target cut':>12}")
@@ -254,10 +448,13 @@ def main(argv: list[str] | None = None) -> int:
     """The exit status, as `run_command` says."""
     parser = ArgumentParser("mine", description=__doc__)
     add, count, demo = parser.add_argument, limited(int, 1, 10**9), Path(__file__).parent.parent / "demo"
-    add("--corpus", required=True, metavar="PATH", help="corpus.jsonl {_id, title, text}, or its folder")
-    add("--questions", metavar="FILE", help="jsonl {query, answers, passage_id: optional}")
-    asked = "no questions: a sentence asks for the next, or for its rest"
-    add("--from-text", choices=["next", "rest"], help=asked)
+    add("--corpus", metavar="PATH", help="corpus.jsonl {_id, title, text}, or its folder")
+    asked = "jsonl {query, answers, passage_id: optional}; or SQuAD's .json, without --corpus"
+    add("--questions", metavar="FILE", help=asked)
+    window = "with --questions: candidates are windows of so many words, the source around its answer"
+    add("--window", type=limited(int, 2, 10**9), metavar="WORDS", help=window)
+    asked = "no questions: a sentence asks for the next, for its rest, or for a phrase blanked out of it"
+    add("--from-text", choices=["next", "rest", "blank"], help=asked)
     add("--groups", type=count, metavar="N", help="no questions: rows of N consecutive passages, for Revela")
     add("--out", required=True, metavar="FILE", help="where the rows are written")
     add("--by", default="bm25", help="who finds candidates: bm25, or an embedder (default: %(default)s)")
@@ -275,7 +472,15 @@ def main(argv: list[str] | None = None) -> int:
     add("--dtype", help="for --by: auto, float32, bfloat16, float16 (default: auto)")
     args = parser.parse_args(argv)
     if sum(map(bool, (args.questions, args.from_text, args.groups))) != 1:
-        parser.error("give one of --questions FILE, --from-text next|rest, --groups N")
+        parser.error("give one of --questions FILE, --from-text next|rest|blank, --groups N")
+    if args.window and not args.questions:
+        parser.error("--window needs --questions; --from-text and --groups cut passages of their own")
+    squad = (args.questions or "").endswith(".json")
+    if squad and args.corpus:
+        told = "a .json file is SQuAD's, and its paragraphs are the corpus: leave out --corpus"
+        parser.error(f"--questions {args.questions}: {told} (or call JSON lines .jsonl)")
+    if not squad and not args.corpus:
+        parser.error("--corpus PATH is missing; only SQuAD's questions, FILE.json, bring their own")
     return run_command("mine", lambda: mine(args))
 
 

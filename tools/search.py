@@ -27,7 +27,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import eval as yardstick
 from attention import head_tensors, log_softmax_scores
@@ -45,6 +44,7 @@ from support.files import InputError, cache_folder, check_writable
 from support.flags import limited
 from support.launch import ArgumentParser, pick_device, pick_dtype, run_command
 from support.runs import DEFAULT_MODEL, locate, resolve_run
+from support.show import progress
 
 Find = Callable[[str, int], yardstick.Hits]  # (question, k) -> what is found for it
 
@@ -89,7 +89,9 @@ def dense_search(embedder: Embedder, corpus: Corpus, folder: Path, dtype: torch.
 
 
 def bm25_search(corpus: Corpus) -> Find:
-    texts = (document.full_text for _, document in tqdm(corpus, "index", len(corpus), unit="doc"))
+    texts = (
+        document.full_text for _, document in progress(corpus, desc="index", total=len(corpus), unit="doc")
+    )
     index = BM25(texts)
     return lambda question, k: yardstick.Hits(*index.search([question], k), corpus.ids)
 

@@ -43,6 +43,7 @@ from dream import parse_arguments
 from support.files import InputError, read_json, write_atomic
 from support.launch import ArgumentParser, code_version, run_command
 from support.runs import run_lock
+from support.show import progress
 from tools import compare, figures
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -230,7 +231,7 @@ class Study:
         threads = int(given) if given.isdigit() else max(1, (os.cpu_count() or 1) // jobs)
         waiting, running = list(todo), dict[subprocess.Popen, Run]()
         try:
-            with tqdm(total=len(todo), desc="study", unit="run", disable=not todo) as bar:
+            with progress(total=len(todo), desc="study", unit="run", hidden=not todo) as bar:
                 while waiting or running:
                     while waiting and len(running) < jobs:
                         run = waiting.pop(0)
