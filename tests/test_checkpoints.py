@@ -100,7 +100,7 @@ def test_a_tied_head_that_differs_is_told(tmp_path):
 
 
 def test_code_in_a_checkpoint_is_never_run(tmp_path):
-    """A network of its own code may be bidirectional: refused. Nor is a pickle read: only safetensors count."""
+    """A network of its own code may be bidirectional: refused. Nor is a pickle read: only safetensors."""
     trap = tmp_path / "ran"
     folder = tiny_checkpoint(tmp_path / "own")
     (folder / "modeling.py").write_text(f"open({str(trap)!r}, 'w')")

@@ -24,18 +24,14 @@ consecutive passages, for Revela.
 import argparse
 import json
 import random
-import re
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from data import Document, Rows, shuffled
 from eval import dense_hits
@@ -44,65 +40,32 @@ from formats.datasets import Corpus, RetrievalDataset
 from formats.embedders import load_embedder
 from formats.templates import read_template
 from related.bm25 import BM25
-from support.files import InputError, JsonLines, check_writable, read_json, writing
+from support.files import InputError, JsonLines, check_writable, writing
 from support.flags import limited
 from support.launch import ArgumentParser, one_process, run_command
 from support.runs import locate
+from support.show import progress
+from tools.questions import (
+    Question,
+    document_of,
+    holds,
+    passages,
+    read_question,
+    read_squad,
+    text_questions,
+    windows,
+)
 
-PASSAGE_WORDS = 100  # of whole sentences; a longer sentence is a passage by itself
-WORD = re.compile(r"(?<![#&])\b\w+(?:['’-]\w+|[.,:/]\d+)*")  # O'Neil, 3:45 and 1,200 are one word each
-RARE = 0.005  # a word of at most this share of the passages is rare, and one of at most two
-AROUND = 12  # words of the sentence that are kept around a blank
 FEW = "; train needs at least 10"
-
-
-@dataclass
-class Question:
-    query: str
-    target: str
-    source: str  # what the report counts it under
-    passage: int | None  # number of the document asked about, where it is known
-    shown: str | None = None  # of a question from text: its passage as a candidate shows it
-    windows: list[int] = field(default_factory=list)  # those of its passage that hold the target
 
 
 Documents = Corpus | list[tuple[str, Document]]  # (id, document) by number
 
 
-def sentences(text: str) -> list[str]:
-    """Cut after a full stop, question or exclamation mark, a space, and before a capital or a figure."""
-    return [part for part in re.split(r"(?<=[.!?])\s+(?=[\"'(\[]?[A-Z0-9])", text.strip()) if part]
-
-
-def passages(text: str, words: int = PASSAGE_WORDS) -> Iterator[str]:
-    """A text in passages of whole sentences of about so many words."""
-    held, count = list[str](), 0
-    for sentence in sentences(text):
-        length = len(sentence.split())
-        if held and count + length > words:
-            yield " ".join(held)
-            held, count = [], 0
-        held.append(sentence)
-        count += length
-    if held:
-        yield " ".join(held)
-
-
-def windows(text: str, size: int) -> Iterator[str]:
-    """Windows of `size` words, each half a window after the one before; the last one ends with the text.
-
-    Two neighbours share half of their words, so a short answer lies whole in one of them.
-    """
-    words = text.split()
-    last = max(len(words) - size, 0)
-    for start in [*range(0, last, size // 2), last]:
-        yield " ".join(words[start : start + size])
-
-
 def write_corpus(documents: Documents, path: Path, cut: Callable[[str], Iterable[str]] | None) -> Corpus:
     """The documents as a corpus.jsonl; cut in parts, which follow one another and have the ids ID#N."""
     with writing(path) as file:
-        for doc_id, document in tqdm(documents, desc="passages", unit="doc"):
+        for doc_id, document in progress(documents, desc="passages", unit="doc"):
             for number, text in enumerate(cut(document.text) if cut else [document.text]):
                 name = f"{doc_id}#{number}" if cut else doc_id
                 passage = {"_id": name, "title": document.title, "text": text}
@@ -110,175 +73,11 @@ def write_corpus(documents: Documents, path: Path, cut: Callable[[str], Iterable
     return Corpus(path)
 
 
-def _owner(corpus: Corpus, number: int) -> str:
-    """The id of the document that a passage or window is a part of."""
-    return corpus.ids[number].rpartition("#")[0]
-
-
-def holds(text: str, phrase: str) -> bool:
-    """Whether the phrase occurs in the text as whole words, in any case and with any spaces."""
-    pattern = r"\s+".join(map(re.escape, phrase.split()))
-    return re.search(rf"(?<!\w){pattern}(?!\w)", text, re.IGNORECASE) is not None
-
-
-def text_question(text: str, recipe: str, *seed: int) -> tuple[str, str, str] | None:
-    """A query and a target out of a passage, and the passage as a candidate may show it; None if it has none.
-
-    "next": a sentence asks, the sentence after it is the target, and the passage shows all but the one that
-    asks. "rest": the first words of a sentence ask, its last third (up to eight words) is the target, and the
-    passage stays whole. Which sentence is drawn by the seed. A target that the query gives away (it occurs
-    there, or they share four words in a row) is passed over.
-    """
-    parts = sentences(text)
-    for number in shuffled(len(parts), *seed):
-        words = parts[number].split()
-        if recipe == "next" and number + 1 < len(parts):
-            query, target = parts[number], parts[number + 1]
-            shown = " ".join(part for part in parts if part != parts[number])
-        elif recipe == "rest":
-            cut = len(words) - min(max(len(words) // 3, 1), 8)
-            query, target, shown = " ".join(words[:cut]), " ".join(words[cut:]), text
-        else:
-            continue
-        if len(query.split()) >= 4 and not _gives_away(query, target):
-            return query, target, shown
-    return None
-
-
-def _gives_away(query: str, target: str) -> bool:
-    query_words, target_words = (re.findall(r"\w+", text.lower()) for text in (query, target))
-    size = min(4, len(target_words))
-    runs = {tuple(query_words[i : i + size]) for i in range(len(query_words) - size + 1)}
-    return not size or any(
-        tuple(target_words[i : i + size]) in runs for i in range(len(target_words) - size + 1)
-    )
-
-
-def rare_phrases(sentence: str, counts: Counter[str], limit: int) -> list[tuple[int, int]]:
-    """Where up to four rare words stand in a row, (start, end), rarest first.
-
-    A rare word occurs in at most `limit` texts or has a digit: names, numbers, technical terms.
-    """
-    runs = list[list[re.Match]]()
-    for word in WORD.finditer(sentence):
-        if counts[word[0].lower()] > limit and not any(map(str.isdigit, word[0])):
-            continue
-        if runs and sentence[runs[-1][-1].end() : word.start()] == " ":
-            runs[-1].append(word)
-        else:
-            runs.append([word])
-    runs = [run for run in runs if len(run) <= 4 and run[-1].end() - run[0].start() >= 3]
-    runs.sort(key=lambda run: min(counts[word[0].lower()] for word in run))
-    return [(run[0].start(), run[-1].end()) for run in runs]
-
-
-def blank_question(text: str, counts: Counter[str], limit: int, *seed: int) -> tuple[str, str, str] | None:
-    """A query and a target out of a passage, and the passage as a candidate may show it; None if it has none.
-
-    The target is the rarest phrase of a sentence that occurs in another one of the passage too. The query is
-    the words around it, with "what" in its place; the passage is shown without that sentence. Which sentence
-    is drawn by the seed. (Salient spans as in REALM, 2002.08909; cloze questions as in Lewis et al.,
-    1906.04980.)
-    """
-    parts = sentences(text)
-    for number in shuffled(len(parts), *seed):
-        sentence, shown = parts[number], " ".join(part for part in parts if part != parts[number])
-        for start, end in rare_phrases(sentence, counts, limit):
-            target, before, after = sentence[start:end], sentence[:start].split(), sentence[end:].split()
-            before = before[-max(AROUND // 2, AROUND - len(after)) :]
-            query = " ".join([*before, "what", *after[: AROUND - len(before)]])
-            query = re.sub(r"\s+([,;:.!?)])", r"\1", query).strip(" .,;:!?") + "?"
-            if len(query.split()) >= 5 and not holds(query, target) and holds(shown, target):
-                return query, target, shown
-    return None
-
-
-def text_questions(corpus: Corpus, recipe: str, limit: int | None, seed: int) -> list[Question]:
-    """One question for each passage that has one, by a recipe of `--from-text`; of `limit` passages."""
-    counts, rare = Counter[str](), max(round(RARE * len(corpus)), 2)  # in how many passages each word occurs
-    if recipe == "blank":
-        for _, document in corpus:
-            counts.update({word.lower() for word in WORD.findall(document.text)})
-    chosen = shuffled(len(corpus), seed)[:limit] if limit else range(len(corpus))
-    questions = []
-    for number in tqdm(sorted(chosen), desc="questions", unit="passage"):
-        text = corpus[number][1].text
-        if recipe == "blank":
-            drawn = blank_question(text, counts, rare, seed, number)
-        else:
-            drawn = text_question(text, recipe, seed, number)
-        if drawn is not None:
-            query, target, shown = drawn
-            questions.append(Question(query, target, "text", number, shown))
-    print(f"{len(questions):,} questions out of {len(chosen):,} passages")
-    return questions
-
-
-def read_question(lines: JsonLines, index: int, numbers: dict[str, int], corpus: Corpus) -> Question:
-    """A question with its target, its source and the number of the document asked about."""
-    value = lines[index]
-    key = next((k for k in ("query", "question", "text") if k in value), "query")
-    target = next((value[k] for k in ("target", "answer", "answers", "output") if value.get(k)), None)
-    target = target[0] if isinstance(target, list) and target else target
-    if not isinstance(target, str) or not target.strip():
-        raise InputError(f"{lines.where(index)}: no answer; give it as 'answers', 'answer' or 'target'")
-    passage = value.get("passage_id")
-    if passage is not None and str(passage) not in numbers:
-        raise InputError(f"{lines.where(index)}: passage_id {passage!r} is not in the corpus")
-    if passage is not None and not corpus[numbers[str(passage)]][1].full_text:
-        raise InputError(f"{lines.where(index)}: passage_id {passage!r} is an empty document of the corpus")
-    return Question(
-        lines.text(index, value, key),
-        target.strip(),
-        lines.text(index, value, "source", default="all"),
-        None if passage is None else numbers[str(passage)],
-    )
-
-
-def read_squad(path: Path) -> tuple[list[tuple[str, Document]], list[Question]]:
-    """The paragraphs (id, document) and questions of a file in SQuAD's JSON, v1.1 or v2.0.
-
-    The shortest answer is the target. Questions without an answer are left out, and counted. Raises
-    InputError, with the place in the file, for what is missing or of another type.
-    """
-
-    def get(place: str, value: Any, key: str, kind: type) -> Any:
-        found = value.get(key) if isinstance(value, dict) else None
-        found = found.strip() if isinstance(found, str) else found
-        if isinstance(found, kind) and found != "":
-            return found
-        wrong = f"{key!r} is missing" + f" or not a {kind.__name__}" * bool(found)
-        raise InputError(": ".join(filter(None, (str(path), place, wrong))))
-
-    def each(place: str, value: Any, key: str) -> Iterator[tuple[str, Any]]:
-        for number, item in enumerate(get(place, value, key, list)):
-            yield f"{place}.{key}[{number}]".lstrip("."), item
-
-    paragraphs, questions, unanswerable = list[tuple[str, Document]](), list[Question](), 0
-    for i, (of_article, article) in enumerate(each("", read_json(path), "data")):
-        for j, (of_paragraph, paragraph) in enumerate(each(of_article, article, "paragraphs")):
-            title = get(of_article, article, "title", str).replace("_", " ") if "title" in article else ""
-            document = Document(title, get(of_paragraph, paragraph, "context", str))
-            for place, asked in each(of_paragraph, paragraph, "qas"):
-                query = get(place, asked, "question", str)
-                answers = [get(at, answer, "text", str) for at, answer in each(place, asked, "answers")]
-                if not answers or asked.get("is_impossible"):
-                    unanswerable += 1
-                else:
-                    questions.append(Question(query, min(answers, key=len), "squad", len(paragraphs)))
-            paragraphs.append((f"{i}.{j}", document))
-    if unanswerable:
-        print(f"{unanswerable:,} questions left out: they have no answer")
-    if not questions:
-        raise InputError(f"{path}: no questions")
-    return paragraphs, questions
-
-
 def find_windows(questions: list[Question], documents: Documents, corpus: Corpus) -> list[Question]:
     """The questions with the windows of their passage that hold the target; left out are those without."""
     of_document: dict[str, list[int]] = {}
     for number in range(len(corpus)):
-        of_document.setdefault(_owner(corpus, number), []).append(number)
+        of_document.setdefault(document_of(corpus, number), []).append(number)
     for question in questions:
         if question.passage is not None:
             own = of_document[documents[question.passage][0]]
@@ -329,7 +128,7 @@ def mine(args: argparse.Namespace) -> None:
     found = search(corpus, [q.query for q in questions], min(wanted, len(corpus)), args)
     without = 0
     with writing(out) as file:
-        for question, hits in zip(tqdm(questions, desc="write", unit="row"), found, strict=True):
+        for question, hits in zip(progress(questions, desc="write", unit="row"), found, strict=True):
             best = [number for number in hits.tolist() if number >= 0]
             if question.passage is None and not best:
                 without += 1
@@ -347,7 +146,7 @@ def mine(args: argparse.Namespace) -> None:
 def search(corpus: Corpus, queries: list[str], k: int, args: argparse.Namespace) -> np.ndarray:
     """(Q, k) numbers of the best documents of each query by BM25 or the embedder --by; -1 beyond them."""
     if args.by == "bm25":
-        texts = tqdm((d.full_text for _, d in corpus), total=len(corpus), desc="index", unit="doc")
+        texts = progress((d.full_text for _, d in corpus), total=len(corpus), desc="index", unit="doc")
         return BM25(texts).search(queries, k, quiet=False)[1]
     embedder = load_embedder(args.by, args.device, args.dtype)
     named, path = {str(number): query for number, query in enumerate(queries)}, Path(corpus.name)
@@ -360,27 +159,30 @@ def candidate_documents(
 ) -> list[Document]:
     """A question's candidates, `count` if the corpus has as many, each text once.
 
-    The source comes first, where it is known; with windows it is the best one that holds the target, or the
-    first one if none is among the hits. Then the passage's neighbours ("next" and "rest"), the hits, and
-    random documents. In rows from text or of windows, no other than the source holds the target.
+    The source comes first, where it is known; with windows it is the best one that holds the target, by BM25
+    among themselves if none is a hit. Then the passage's neighbours ("next" and "rest"), the hits, and random
+    documents. In rows from text or of windows, no other than the source holds the target.
     """
     passage, near, found = question.passage, list[int](), dict[Document, None]()
     if question.windows:
-        passage = next((number for number in hits if number in question.windows), question.windows[0])
+        passage = next((number for number in hits if number in question.windows), None)
+        if passage is None:
+            index = BM25(corpus[number][1].full_text for number in question.windows)
+            passage = question.windows[max(index.search([question.query], 1)[1].item(), 0)]
     taken = set[str]()  # documents of which no other part may come
     if passage is not None:
         source = corpus[passage][1]
         found[source if question.shown is None else replace(source, text=question.shown)] = None
         if recipe in ("blank", "window"):
-            taken.add(_owner(corpus, passage))
+            taken.add(document_of(corpus, passage))
         elif recipe:
             near = [number for number in (passage - 1, passage + 1) if 0 <= number < len(corpus)]
-            near = [number for number in near if _owner(corpus, number) == _owner(corpus, passage)]
+            near = [number for number in near if document_of(corpus, number) == document_of(corpus, passage)]
     drawn_by = f"{seed} {question.query if question.shown is None else passage}"
     for number in chain(near, hits, at_random(len(corpus), drawn_by)):
         if len(found) == count:
             break
-        document, owner = corpus[number][1], _owner(corpus, number)
+        document, owner = corpus[number][1], document_of(corpus, number)
         told = False  # whether it gives the target away
         if recipe in ("next", "rest"):
             told = question.target in document.text or question.query in document.text
@@ -420,7 +222,7 @@ def report_targets(args: argparse.Namespace, path: Path) -> None:
     builder = make_builder(locate(args.judge, weights=False), template, args.judge_context, args.max_target)
     rows, sources = Rows(path), JsonLines(path)
     table: dict[str, list[int]] = {}
-    for first in tqdm(range(0, len(rows), 256), desc="targets", unit="x256 rows"):
+    for first in progress(range(0, len(rows), 256), desc="targets", unit="x256 rows"):
         some = [rows[i] for i in range(first, min(first + 256, len(rows)))]
         for row, prompt in zip(some, builder.build(some), strict=True):
             seen = [builder.tokenizer.decode(prompt.input_ids[s:e]).lower() for s, e in prompt.spans]
