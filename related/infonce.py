@@ -57,8 +57,8 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:
         rank, processes = join_processes()
-        lengths = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(processes)]
-        torch.distributed.all_gather(lengths, torch.tensor([len(rows)], device=rows.device))
+        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(processes)]  # by gloo: no GPU waits
+        torch.distributed.all_gather(lengths, torch.tensor([len(rows)]))
         counts = torch.cat(lengths).tolist()
         padded = F.pad(rows, (0, 0, 0, max(counts) - len(rows)))
         parts = [torch.empty_like(padded) for _ in range(processes)]

@@ -58,10 +58,10 @@ class Revela(Objective):
         n, lengths = log_weights.shape[1] + 1, [len(ids) for ids in piece.inputs]
         input_ids, on_device = pad(piece.inputs, log_weights.device)  # (B, T)
         alone = self.judge.model.read(input_ids, on_device)
-        others = ~torch.eye(n, dtype=torch.bool, device=log_weights.device).repeat(
-            len(lengths) // n, 1
-        )  # (B, n)
-        weights = log_weights.new_zeros(others.shape).masked_scatter(others, log_weights.exp())
+        own = torch.arange(len(lengths), device=log_weights.device)[:, None] % n  # (B, 1), of each text
+        others = torch.arange(n - 1, device=log_weights.device).expand_as(log_weights)  # (B, n - 1)
+        others = others + (others >= own)  # their places: all but its own
+        weights = log_weights.new_zeros(len(lengths), n).scatter(1, others, log_weights.exp())
         cross = CrossDocument(weights.unflatten(0, (-1, n)), alone, self.normalise_values)
         hidden = self.judge.model(input_ids, change=cross)  # (B, T, C)
 

@@ -37,6 +37,8 @@ def pick_device(name: str | torch.device | None = None) -> torch.device:
         raise InputError(f"--device {name}: not a device; use auto, cpu or cuda") from error
     if device.type not in ("cpu", "cuda"):
         raise InputError(f"--device {name}: use auto, cpu or cuda")
+    if device.index is not None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InputError(f"--device {name}: each of several processes has a GPU of its own; use auto or cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"--device {name}: this machine has no CUDA device; use --device cpu")
     return device
