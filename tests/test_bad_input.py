@@ -1190,19 +1190,6 @@ BAD = [
     bad("flag: a text for --k", NONE, BM25 + " --k many", "--k", "'many'"),
     bad("command: mistyped", NONE, "dream.py trian", "'trian'", "train"),
     bad("command: none", NONE, "dream.py", "required", "train"),
-    bad(
-        "command: moved, mine", NONE, MINE.replace("mine", "dream.py mine", 1), "mine", "python -m tools.mine"
-    ),
-    bad("command: moved, heads", NONE, HEADS.replace("heads", "dream.py heads", 1), "python -m tools.heads"),
-    bad("flag: moved, --geometry", NONE, EVAL + " --geometry", "--geometry", "python -m tools.geometry"),
-    *[
-        bad(f"flag: removed, {flag}", NONE, f"{command} {flag}", f"{flag.split()[0]} was removed")
-        for command, flag in (
-            (TRAIN, "--refresh-candidates 2"),
-            (TRAIN, "--isolate-documents"),
-            (EVAL, "--compile"),
-        )
-    ],
     bad("command: no --judge", NONE, "dream.py train --train rows.jsonl", "--judge is missing"),
     bad("command: export without --to", NONE, "export run --format merged", "--to"),
 ]

@@ -168,21 +168,6 @@ def test_changed_settings_are_listed_and_refused_unless_told(world, tmp_path, ca
     assert f"{rows}: has changed since the run began" in capsys.readouterr().err
 
 
-def test_settings_that_an_older_version_wrote_are_read(world, tmp_path, capsys):
-    """Those that mean nothing any more are told where they were set; null stood for "not given"."""
-    folder, command = world
-    run = tmp_path / "run"
-    assert dream.main([*command, "--steps", "3", "--out", str(run)]) == 0
-    settings = json.loads((run / "settings.json").read_text())
-    older = {"command": "train", "isolate_documents": True, "refresh_candidates": 0, "judge_context": None}
-    (run / "settings.json").write_text(json.dumps(settings | older))
-    capsys.readouterr()
-    assert dream.main(["train", "--resume", str(run)]) == 0
-    note = f"note: {run / 'settings.json'}: settings that mean nothing any more: isolate_documents=True\n"
-    assert note in capsys.readouterr().out
-    assert json.loads((run / "settings.json").read_text()) == settings
-
-
 def test_a_resumed_run_keeps_to_its_tests(world, tmp_path, capsys):
     folder, command = world
     run = tmp_path / "run"
