@@ -331,8 +331,9 @@ def take_step(
         sums = training_step(retriever, objective, batch, *sizes, dropout_seed)
     except torch.OutOfMemoryError as error:
         told = f"--judge-batch ({settings.judge_batch}), --retriever-batch ({settings.retriever_batch})"
-        told += f" or --batch ({settings.batch}) ({str(error)[:200]})"
-        raise InputError(f"out of memory: lower {told}") from error
+        raise InputError(
+            f"out of memory: lower {told} or --batch ({settings.batch}) ({error})"[:400]
+        ) from error
     if launch.join_processes()[1] > 1:
         sums = launch.add_up(sums, parameters)
     stats = {name: sums[name] / num_rows for name in ("loss", "effective_candidates")}
