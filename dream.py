@@ -330,10 +330,9 @@ def take_step(
         sizes = settings.temperature, settings.retriever_batch
         sums = training_step(retriever, objective, batch, *sizes, dropout_seed)
     except torch.OutOfMemoryError as error:
-        told = f"--judge-batch ({settings.judge_batch}), --retriever-batch ({settings.retriever_batch})"
-        raise InputError(
-            f"out of memory: lower {told} or --batch ({settings.batch}) ({error})"[:400]
-        ) from error
+        flags = f"--judge-batch ({settings.judge_batch}), --retriever-batch ({settings.retriever_batch})"
+        told = f"out of memory: lower {flags} or --batch ({settings.batch}) ({error})"
+        raise InputError(told[:400]) from error
     if launch.join_processes()[1] > 1:
         sums = launch.add_up(sums, parameters)
     stats = {name: sums[name] / num_rows for name in ("loss", "effective_candidates")}
@@ -341,8 +340,7 @@ def take_step(
     stats |= {name: sums[name] for name in COUNTS}
     stats["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
     stats["skipped"] = ~(stats["grad_norm"].isfinite() & stats["loss"].isfinite())
-    # Where it is 1, AdamW changes nothing.
-    optimizer.found_inf = stats["skipped"].float()  # type: ignore[attr-defined]
+    optimizer.found_inf = stats["skipped"].float()  # type: ignore[attr-defined]  # 1: changes nothing
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return stats
