@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from related.bm25 import BM25  # noqa: E402
 from support.files import writing  # noqa: E402
+from tools.questions import windows  # noqa: E402
 
 LEFT_OUT = "pubmedqa"
 MAX_ANSWER = 8  # words
@@ -59,17 +60,6 @@ def write_dataset(folder: Path, split: str, questions: list[dict], passages: lis
     with writing(folder / "qrels" / f"{split}.tsv") as file:
         file.write("query-id\tcorpus-id\tscore\n")
         file.writelines(f"{q['id']}\t{q['passage_id']}\t1\n" for q in questions)
-
-
-def windows(text: str, size: int) -> Iterator[str]:
-    """Windows of `size` words, each half a window after the one before; the last one ends with the text.
-
-    Two neighbours share half of their words, so a short answer lies whole in one of them.
-    """
-    words = text.split()
-    last = max(len(words) - size, 0)
-    for start in [*range(0, last, size // 2), last]:
-        yield " ".join(words[start : start + size])
 
 
 def holds(text: str, answers: list[str]) -> bool:
