@@ -27,7 +27,7 @@ import json
 import math
 import sys
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,17 +35,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
-from data import to_device, token_batches
 from formats.catalogue import GROUPS, expand_names, resolve_datasets
 from formats.datasets import RetrievalDataset
 from formats.embedders import load_embedder
 from formats.kept import STORED, EmbeddingStore, fingerprint
 from formats.results import MTEB_DROPS, average, write_mteb, write_run
-from model import Embedder
+from model import BATCH_TOKENS, Embedder
 from related.bm25 import BM25
 from support import launch
 from support.files import InputError, check_writable, write_atomic
@@ -54,8 +51,6 @@ from support.runs import DEFAULT_MODEL, locate
 from support.show import print_averages, print_header, print_result, progress
 
 CUTOFFS = (1, 3, 5, 10, 100, 1000)
-# Padded tokens a batch: on a CPU small batches of equal lengths stay in its caches, a GPU wants to be filled.
-BATCH_TOKENS = {"cpu": 2048, "cuda": 16_384}
 DOCUMENT_BLOCK = 32_768  # documents read, sorted by length and encoded at a time
 MARGIN = 128  # hits kept beyond k: top-k breaks ties arbitrarily, the final sort by id needs the tied ones
 IDENTICAL_IDS = "documents that have the query's id: beir drops them, mteb only in some tasks"
@@ -64,68 +59,6 @@ GONE = {
     "--geometry": "is now a command of its own: python -m tools.geometry",
     "--compile": "was removed: its gain was never measured",
 }
-
-
-class Tokenized(NamedTuple):
-    """Texts as token ids, each distinct text once."""
-
-    token_ids: list[np.ndarray]  # int32, of the distinct texts
-    rows: np.ndarray  # (N,) int64: which of them each text is
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(map(len, self.token_ids))
-
-
-def tokenize(embedder: Embedder, texts: Iterable[str], kind: str) -> Tokenized:
-    """kind: "query" or "document", which decides the prompt."""
-    numbers: dict[str, int] = {}
-    rows = np.array([numbers.setdefault(text, len(numbers)) for text in texts], np.int64)
-    return Tokenized([np.array(ids, np.int32) for ids in embedder.tokenize(list(numbers), kind)], rows)
-
-
-@torch.no_grad()
-def embed_all(
-    embedder: Embedder, tokenized: Tokenized, batch_tokens: int | None = None, bar: tqdm | None = None
-) -> Tensor:
-    """Embeddings (N, C) of at least one text, float32, unit length, on the embedder's device.
-
-    In batches of similar length whose padded size is at most `batch_tokens` (default: by device); one that
-    the device's memory does not hold is halved. `bar` counts tokens. Raises InputError when an embedding is
-    not finite, or memory does not hold a single text.
-    """
-    lengths = [len(ids) for ids in tokenized.token_ids]
-    batch_tokens = batch_tokens or BATCH_TOKENS[embedder.device.type]
-    embeddings = torch.empty(len(lengths), embedder.dim, device=embedder.device)  # (distinct texts, C)
-    training = embedder.training
-    embedder.eval()  # no dropout, also when asked in the middle of a training
-    batches = deque(token_batches(lengths, batch_tokens))
-    while batches:
-        batch = batches.popleft()
-        rows = to_device(torch.tensor(batch), embedder.device)
-        try:
-            embeddings[rows] = embedder.embed([tokenized.token_ids[i] for i in batch])  # (B, C)
-        except torch.OutOfMemoryError as error:
-            if len(batch) == 1:
-                told = str(error).splitlines()[0][:200]
-                raise InputError(
-                    f"out of memory with one text of {lengths[batch[0]]} tokens ({told})"
-                ) from error
-            half = len(batch) // 2
-            batches.extendleft((batch[half:], batch[:half]))
-            continue
-        if bar is not None:
-            bar.update(sum(lengths[i] for i in batch))
-    embedder.train(training)
-    if not embeddings.isfinite().all():
-        raise InputError("the model's embeddings are not all finite numbers; try --dtype float32")
-    return embeddings[to_device(torch.from_numpy(tokenized.rows), embedder.device)]
-
-
-def encode(embedder: Embedder, texts: str | list[str], kind: str, batch_tokens: int | None = None) -> Tensor:
-    """Embeddings of texts of one kind, "query" or "document": (N, C) float32 unit vectors."""
-    texts = [texts] if isinstance(texts, str) else texts
-    return embed_all(embedder, tokenize(embedder, texts, kind), batch_tokens)
 
 
 @torch.no_grad()
@@ -185,14 +118,16 @@ def dense_hits(
     store: keeps the embeddings; blocks that it holds are not encoded again.
     """
     rank, processes = launch.join_processes()
-    queries = encode(embedder, list(dataset.queries.values()), "query", batch_tokens)  # (Q, C)
+    queries = embedder.encode(list(dataset.queries.values()), "query", batch_tokens)  # (Q, C)
     total = dataset.num_documents
     # Blocks that are kept are the same for any number of processes.
     size = document_block if store is not None else min(document_block, math.ceil(total / processes))
     blocks = [(start, min(start + size, total)) for start in range(0, total, size)][rank::processes]
 
-    def tokenized(missing: list[tuple[int, int]]) -> Iterator[Tokenized]:
-        return (tokenize(embedder, (t for _, t in dataset.corpus(*block)), "document") for block in missing)
+    def tokenized(missing: list[tuple[int, int]]) -> Iterator[list[np.ndarray]]:
+        for block in missing:
+            token_ids = embedder.tokenize([text for _, text in dataset.corpus(*block)], "document")
+            yield [np.array(ids, np.int32) for ids in token_ids]  # lists take ten times the memory
 
     # Asked once: another process that fills the same store must not change what is read ahead.
     missing = [block for block in blocks if store is None or not store.holds(*block)]
@@ -208,8 +143,8 @@ def dense_hits(
             else:
                 block = next(ahead)
                 # As far as can be told: what remains is like this block.
-                bar.total = bar.n + round(block.num_tokens * remaining / (end - start))
-                documents = embed_all(embedder, block, batch_tokens, bar)  # (n, C)
+                bar.total = bar.n + round(sum(map(len, block)) * remaining / (end - start))
+                documents = embedder.embed_all(block, batch_tokens, bar)  # (n, C)
                 remaining -= end - start
                 if store is not None:
                     documents = store.write(start, end, documents)
@@ -217,20 +152,8 @@ def dense_hits(
     # With more processes than blocks, some have found nothing.
     scores, indices = best or search(queries, queries[:0], k)
     if processes > 1:
-        scores, indices = _merge(scores, indices, k, processes)
+        scores, indices = launch.merge_hits(scores, indices, k, processes)
     return Hits(scores.cpu().numpy(), indices.cpu().numpy(), dataset.documents.ids)
-
-
-def _merge(scores: Tensor, indices: Tensor, k: int, processes: int) -> tuple[Tensor, Tensor]:
-    """The k best of every process's hits, (Q, k) each."""
-    missing = (0, k - scores.shape[1])  # a process with few documents has found fewer
-    scores, indices = F.pad(scores, missing, value=-math.inf), F.pad(indices, missing, value=-1)
-    parts = [torch.empty_like(scores) for _ in range(processes)]
-    numbers = [torch.empty_like(indices) for _ in range(processes)]
-    torch.distributed.all_gather(parts, scores)
-    torch.distributed.all_gather(numbers, indices)
-    scores, kept = torch.cat(parts, dim=1).topk(k, dim=1)
-    return scores, torch.cat(numbers, dim=1).gather(1, kept)
 
 
 def bm25_hits(dataset: RetrievalDataset, k: int, quiet: bool = False) -> Hits:

@@ -14,6 +14,7 @@ This file never trains and reads no files; checkpoints come from formats/.
 """
 
 import math
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -27,10 +28,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from attention import attention, exact
-from data import JudgeBatch, longest_token, pad
+from data import JudgeBatch, longest_token, pad, to_device, token_batches
 from support.files import InputError
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# Padded tokens a batch: on a CPU small batches of equal lengths stay in its caches, a GPU wants to be filled.
+BATCH_TOKENS = {"cpu": 2048, "cuda": 16_384}
 
 
 @dataclass
@@ -392,6 +395,53 @@ class Embedder(nn.Module):
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=mixed):
             hidden = self.decoder.last(input_ids, lengths)  # (B, C)
         return F.normalize(exact(hidden), dim=-1)
+
+    @torch.no_grad()
+    def embed_all(
+        self,
+        token_ids: Sequence[Sequence[int] | np.ndarray],
+        batch_tokens: int | None = None,
+        bar: Any = None,
+    ) -> Tensor:
+        """Embeddings of any number of texts: (N, C) float32 unit vectors on the embedder's device.
+
+        In batches of similar length whose padded size is at most `batch_tokens` (default: by device); one
+        that the device's memory does not hold is halved. A text that repeats is computed once. `bar` counts
+        tokens. Raises InputError when an embedding is not finite, or memory does not hold a single text.
+        """
+        numbers: dict[bytes, int] = {}
+        rows = [numbers.setdefault(np.array(ids, np.int32).tobytes(), len(numbers)) for ids in token_ids]
+        distinct, repeats = [np.frombuffer(ids, np.int32) for ids in numbers], Counter(rows)
+        lengths = [len(ids) for ids in distinct]
+        embeddings = torch.empty(len(distinct), self.dim, device=self.device)  # (distinct texts, C)
+        training = self.training
+        self.eval()  # no dropout, also when asked in the middle of a training
+        batches = deque(token_batches(lengths, batch_tokens or BATCH_TOKENS[self.device.type]))
+        while batches:
+            batch = batches.popleft()
+            try:
+                embedded = self.embed([distinct[i] for i in batch])  # (B, C)
+            except torch.OutOfMemoryError as error:
+                if len(batch) == 1:
+                    told = str(error).splitlines()[0][:200]
+                    raise InputError(
+                        f"out of memory with one text of {lengths[batch[0]]} tokens ({told})"
+                    ) from error
+                half = len(batch) // 2
+                batches.extendleft((batch[half:], batch[:half]))
+                continue
+            embeddings[to_device(torch.tensor(batch), self.device)] = embedded
+            if bar is not None:
+                bar.update(sum(lengths[i] * repeats[i] for i in batch))
+        self.train(training)
+        if not embeddings.isfinite().all():
+            raise InputError("the model's embeddings are not all finite numbers; try --dtype float32")
+        return embeddings[to_device(torch.tensor(rows, dtype=torch.long), self.device)]
+
+    def encode(self, texts: str | list[str], kind: str, batch_tokens: int | None = None) -> Tensor:
+        """Embeddings of one text or several, (N, C) float32 unit vectors. kind: query, document."""
+        texts = [texts] if isinstance(texts, str) else texts
+        return self.embed_all(self.tokenize(texts, kind), batch_tokens)
 
     def describe(self) -> dict:
         """What decides the embeddings beside the weights."""

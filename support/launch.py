@@ -4,6 +4,7 @@ import argparse
 import difflib
 import importlib
 import io
+import math
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -129,6 +131,18 @@ def add_up(stats: dict[str, Tensor], parameters: list[torch.nn.Parameter]) -> di
     for gradient, part in zip(gradients, parts, strict=True):
         gradient.copy_(part.view_as(gradient))
     return dict(zip(stats, sums, strict=True))
+
+
+def merge_hits(scores: Tensor, indices: Tensor, k: int, processes: int) -> tuple[Tensor, Tensor]:
+    """The k best of every process's hits, (Q, k) each."""
+    missing = (0, k - scores.shape[1])  # a process with few documents has found fewer
+    scores, indices = F.pad(scores, missing, value=-math.inf), F.pad(indices, missing, value=-1)
+    parts = [torch.empty_like(scores) for _ in range(processes)]
+    numbers = [torch.empty_like(indices) for _ in range(processes)]
+    torch.distributed.all_gather(parts, scores)
+    torch.distributed.all_gather(numbers, indices)
+    scores, kept = torch.cat(parts, dim=1).topk(k, dim=1)
+    return scores, torch.cat(numbers, dim=1).gather(1, kept)
 
 
 def run_command(name: str, work: Callable[[], int | None], interrupted: str = "interrupted") -> int:

@@ -472,7 +472,7 @@ def encode_row(world: World) -> list[Line]:
     ours = load_embedder(folder, world.device, world.dtype)
     budget = 131_072 if world.cuda else yardstick.BATCH_TOKENS["cpu"]
     lengths = list(map(len, ours.tokenize(texts, "document")))
-    works: Works = {"ours": lambda: yardstick.encode(ours, texts, "document", budget)}
+    works: Works = {"ours": lambda: ours.encode(texts, "document", budget)}
     opponent = "sentence-transformers"
     if installed("sentence_transformers"):
         from sentence_transformers import SentenceTransformer
@@ -488,9 +488,7 @@ def encode_row(world: World) -> list[Line]:
         best = int(min(tried, key=tried.get))
         opponent += f", batch {best}"
         works["theirs"] = lambda: encode(texts, best)
-        difference = float(
-            (encode(some, best) - yardstick.encode(ours, some, "document", budget)).abs().max()
-        )
+        difference = float((encode(some, best) - ours.encode(some, "document", budget)).abs().max())
         assert difference < (0.05 if world.cuda else 1e-4), f"the embeddings differ by {difference:.2g}"
     times = world.medians(works, min(world.args.repeats, 3))
     more = {"tokens_per_s": sum(lengths) / times["ours"]}

@@ -272,7 +272,7 @@ def search(args) -> list[Line]:
     dataset = resolve_dataset(str(DEMO / "dev"), "dev")
     texts, cpu = list(dataset.queries.values()), torch.device("cpu")
     both = [load_embedder(DEMO / "checkpoint", device, torch.float32) for device in (args.device, cpu)]
-    found, expected = ([yardstick.encode(own, texts, "query")] for own in both)
+    found, expected = ([own.encode(texts, "query")] for own in both)
     lines = [difference("embeddings, float32", found, expected, 1e-4)]
     found, expected = (yardstick.evaluate_embedder(own, dataset)["metrics"]["ndcg@10"] for own in both)
     lines.append(Line("NDCG@10", {"difference": abs(found - expected)}, 1e-3))
@@ -333,7 +333,6 @@ def memory(args) -> list[Line] | str:
     from bench import word_tokenizer
 
     import dream
-    import eval as yardstick
     from model import Embedder
     from related.infonce import InfoNCE
     from support.files import InputError
@@ -341,11 +340,11 @@ def memory(args) -> list[Line] | str:
     decoder = network({**QWEN, "num_hidden_layers": 4}, args, torch.float32).model
     embedder = Embedder(decoder, word_tokenizer(), 512)
     texts = words(512, 400)
-    expected = yardstick.encode(embedder, texts, "document", 8192)
+    expected = embedder.encode(texts, "document", 8192)
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(args.device).total_memory
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_allocated() + 3e9) / total)
-    found = yardstick.encode(embedder, texts, "document", 10**9)
+    found = embedder.encode(texts, "document", 10**9)
     lines = [difference("a batch is halved: embeddings", [found], [expected], 1e-4)]
     decoder.requires_grad_()
     settings, objective = dream.Settings(temperature=0.05), InfoNCE(0.05)
@@ -400,7 +399,7 @@ def processes(args) -> list[Line]:
     gathered.square().sum().backward()
     lines.append(difference("gather_rows", [gathered, rows.grad], [rows, 2 * rows], 0))
     scores, indices = yardstick.search(rows.detach(), rows.detach(), 6)
-    merged = yardstick._merge(scores, indices, 6, 1)
+    merged = launch.merge_hits(scores, indices, 6, 1)
     lines.append(difference("hits of all processes", merged, [scores, indices], 0))
     assert runs.Interrupt().agreed() is None
     torch.distributed.barrier()
@@ -506,8 +505,8 @@ def speed(args, figures) -> list[Line]:
     embedder = Embedder(judge.model, word_tokenizer(), 512)
     texts = words(40 if args.quick else 8000, 250, 6)
     for budget in (None, 131_072):
-        yardstick.encode(embedder, texts[: len(texts) // 4], "document", budget)
-        seconds = timed(args.device, lambda own=budget: yardstick.encode(embedder, texts, "document", own))
+        embedder.encode(texts[: len(texts) // 4], "document", budget)
+        seconds = timed(args.device, lambda own=budget: embedder.encode(texts, "document", own))
         tokens = sum(len(text.split()) for text in texts)
         size = budget or yardstick.BATCH_TOKENS[args.device.type]
         lines.append(Line(f"encoding, batches of {size:,} tokens", {"tokens_per_s": tokens / seconds}))

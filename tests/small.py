@@ -8,6 +8,8 @@ import torch
 from conftest import ROOT
 from torch import nn
 
+from model import Embedder
+
 SHARED = ROOT.parent / "shared" / "data" / "beir"
 WORDS = "red blue green cats dogs berries heroes buses glass virus run runs tree trees of the a".split()
 
@@ -43,13 +45,13 @@ def small_dataset(folder: Path) -> Path:
     return write_beir(folder, documents, queries, qrels, groups)
 
 
-class CountingEmbedder(nn.Module):
+class CountingEmbedder(Embedder):
     """An embedder that can be computed by hand: a token is a word, an embedding normalised word counts."""
 
     dim, device = len(WORDS), torch.device("cpu")
 
     def __init__(self):
-        super().__init__()
+        nn.Module.__init__(self)
         self.batches = []
 
     def tokenize(self, texts, kind):

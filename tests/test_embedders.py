@@ -7,7 +7,7 @@ import torch
 from tiny import byte_tokenizer, config_file, learning, make_rows, random_lm, tiny_checkpoint, write_rows
 
 import dream
-from eval import encode, search
+from eval import search
 from formats.checkpoints import Checkpoint
 from formats.embedders import as_saved, load_embedder, save_embedder
 from model import Embedder
@@ -135,8 +135,9 @@ def test_a_training_embeds_as_its_retriever_was_saved_to(tmp_path, capsys):
 def test_a_kind_that_is_none_and_a_single_text(tmp_path):
     embedder = load_embedder(tiny_checkpoint(tmp_path / "tiny"))
     with pytest.raises(InputError, match="'passage' is no kind of text here; use 'query', 'document'"):
-        encode(embedder, ["red"], "passage")
-    one = encode(embedder, "red cats", "query")
-    assert one.shape == (1, embedder.dim) and torch.equal(one, encode(embedder, ["red cats"], "query"))
+        embedder.encode(["red"], "passage")
+    one = embedder.encode("red cats", "query")
+    assert one.shape == (1, embedder.dim) and torch.equal(one, embedder.encode(["red cats"], "query"))
+    assert embedder.encode([], "document").shape == (0, embedder.dim)
     scores, found = search(one, one, k=5)
     assert scores.shape == found.shape == (1, 1) and found.item() == 0

@@ -148,7 +148,7 @@ def test_encode_restores_the_order_and_encodes_each_text_once():
     texts = random_texts(40, 5) * 2
     embedder = CountingEmbedder()
     embedder.train()
-    found = yardstick.encode(embedder, texts, "document", batch_tokens=64)
+    found = embedder.encode(texts, "document", batch_tokens=64)
     assert embedder.training, "the mode is put back"
     lengths = [length for batch in embedder.batches for length in batch]
     assert len(lengths) == len(set(texts)) and lengths == sorted(lengths, reverse=True)
@@ -160,9 +160,9 @@ def test_encode_restores_the_order_and_encodes_each_text_once():
 def test_encode_does_not_depend_on_batch_size_or_order(tmp_path):
     embedder = load_embedder(tiny_checkpoint(tmp_path / "tiny"), CPU, torch.float32)
     texts = random_texts(25, 6)
-    one_by_one = yardstick.encode(embedder, texts, "document", batch_tokens=1)
-    together = yardstick.encode(embedder, texts, "document", batch_tokens=100_000)
-    backwards = yardstick.encode(embedder, texts[::-1], "document", batch_tokens=300).flip(0)
+    one_by_one = embedder.encode(texts, "document", batch_tokens=1)
+    together = embedder.encode(texts, "document", batch_tokens=100_000)
+    backwards = embedder.encode(texts[::-1], "document", batch_tokens=300).flip(0)
     assert one_by_one.shape == (25, embedder.dim)
     torch.testing.assert_close(one_by_one, together, atol=1e-5, rtol=0)
     torch.testing.assert_close(one_by_one, backwards, atol=1e-5, rtol=0)
@@ -173,7 +173,7 @@ def test_encode_refuses_embeddings_that_are_not_finite():
     embedder = CountingEmbedder()
     embedder.embed = lambda token_ids: torch.full((len(token_ids), embedder.dim), math.nan)
     with pytest.raises(InputError, match="--dtype float32"):
-        yardstick.encode(embedder, ["red"], "query")
+        embedder.encode(["red"], "query")
 
 
 def test_dense_evaluation_equals_one_built_from_the_parts(small):
@@ -197,15 +197,14 @@ def test_dense_evaluation_equals_one_built_from_the_parts(small):
 def test_a_corpus_is_streamed_in_blocks(small, monkeypatch):
     """At most a block of texts is ever asked of the embedder, and blocks do not change what is found."""
     dataset, asked = load_dataset(small, "test"), []
-    tokenize = yardstick.tokenize
+    tokenize = CountingEmbedder.tokenize
 
     def watched(embedder, texts, kind):
-        texts = list(texts)
         asked.append((kind, len(texts)))
         return tokenize(embedder, texts, kind)
 
     whole = yardstick.dense_hits(CountingEmbedder(), dataset, 300, quiet=True)
-    monkeypatch.setattr(yardstick, "tokenize", watched)
+    monkeypatch.setattr(CountingEmbedder, "tokenize", watched)
     blocks = yardstick.dense_hits(CountingEmbedder(), dataset, 300, document_block=64, quiet=True)
     assert asked == [("query", 20), *[("document", 64)] * 4, ("document", 300 - 256)]
     assert list(blocks.doc_ids) == list(whole.doc_ids) == [doc_id for doc_id, _ in dataset.corpus()]
@@ -214,10 +213,10 @@ def test_a_corpus_is_streamed_in_blocks(small, monkeypatch):
 
 def test_progress_knows_the_tokens_to_come(small, monkeypatch):
     dataset, bars = load_dataset(small, "test"), []
-    embed_all = yardstick.embed_all
+    embed_all = CountingEmbedder.embed_all
 
-    def watched(embedder, tokenized, batch_tokens, bar=None):
-        embeddings = embed_all(embedder, tokenized, batch_tokens, bar)
+    def watched(embedder, token_ids, batch_tokens, bar=None):
+        embeddings = embed_all(embedder, token_ids, batch_tokens, bar)
         if bar is not None:
             bars.append((bar.n, bar.total))
         return embeddings
@@ -226,7 +225,7 @@ def test_progress_knows_the_tokens_to_come(small, monkeypatch):
         def isatty(self):
             return True
 
-    monkeypatch.setattr(yardstick, "embed_all", watched)
+    monkeypatch.setattr(CountingEmbedder, "embed_all", watched)
     monkeypatch.setattr("sys.stderr", Terminal())
     yardstick.dense_hits(CountingEmbedder(), dataset, 10, document_block=100)
     assert [done < total for done, total in bars] == [True, True, False] and bars[-1][0] == bars[-1][1]

@@ -10,7 +10,6 @@ from small import CountingEmbedder, random_texts, write_beir
 from tiny import tiny_checkpoint
 from torch.nn.functional import normalize
 
-import eval as yardstick
 from formats.datasets import load_dataset
 from formats.embedders import load_embedder
 from support.launch import CPU
@@ -134,13 +133,13 @@ def test_a_document_with_the_querys_own_id_is_in_no_pair(tmp_path):
 
 
 def test_only_the_samples_texts_are_encoded(dataset, monkeypatch):
-    asked, tokenize = {}, yardstick.tokenize
+    asked, tokenize = {}, CountingEmbedder.tokenize
 
     def watched(embedder, texts, kind):
-        asked[kind] = list(texts)
-        return tokenize(embedder, asked[kind], kind)
+        asked[kind] = texts
+        return tokenize(embedder, texts, kind)
 
-    monkeypatch.setattr(yardstick, "tokenize", watched)  # looked up by encode
+    monkeypatch.setattr(CountingEmbedder, "tokenize", watched)
     monkeypatch.setattr(sample_pairs, "__defaults__", (5, 0))
     found = measure_geometry(CountingEmbedder(), dataset)
     sample = sample_pairs(dataset)

@@ -9,14 +9,13 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from small import CountingEmbedder
 from tiny import make_rows, tiny_checkpoint
 
 import dream
-import eval as yardstick
 import model
 from support import runs
 from support.files import InputError
@@ -271,16 +270,16 @@ def test_out_of_memory_while_encoding(monkeypatch):
     def full(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    embedder = type("Full", (torch.nn.Module,), {"dim": 2, "device": torch.device("cpu"), "embed": full})()
+    monkeypatch.setattr(CountingEmbedder, "embed", full)
     with pytest.raises(InputError, match="out of memory with one text of 3 tokens .CUDA"):
-        yardstick.embed_all(embedder, yardstick.Tokenized([[1, 2, 3]], torch.zeros(1).numpy()), 77)
+        CountingEmbedder().embed_all([[1, 2, 3]], 77)
 
 
 def test_a_batch_that_memory_does_not_hold_is_halved():
     sizes = []
 
-    class Small(torch.nn.Module):
-        dim, device = 1, torch.device("cpu")
+    class Small(CountingEmbedder):
+        dim = 1
 
         def embed(self, token_ids):
             sizes.append(len(token_ids))
@@ -288,8 +287,7 @@ def test_a_batch_that_memory_does_not_hold_is_halved():
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return torch.tensor([[float(ids[0])] for ids in token_ids])
 
-    texts = yardstick.Tokenized([np.array([i, 0]) for i in range(7)], np.arange(7))
-    assert yardstick.embed_all(Small(), texts, 99).flatten().tolist() == list(range(7))
+    assert Small().embed_all([[i, 0] for i in range(7)], 99).flatten().tolist() == list(range(7))
     assert sizes == [7, 3, 1, 2, 4, 2, 2]
 
 

@@ -12,7 +12,7 @@ import eval as yardstick
 from formats.datasets import load_dataset
 from formats.embedders import load_embedder
 from formats.kept import STORED, EmbeddingStore, fingerprint
-from model import add_lora
+from model import Embedder, add_lora
 from support.files import InputError
 from support.launch import CPU
 
@@ -41,8 +41,8 @@ def test_embeddings_are_kept_and_reused(dataset, model, tmp_path, monkeypatch, n
     """The second time nothing is encoded; an interrupted encoding goes on; other settings, another store."""
     embedder = load(model)
     expected = yardstick.dense_hits(embedder, dataset, 50, document_block=64, quiet=True)
-    asked, tokenize = [], yardstick.tokenize
-    monkeypatch.setattr(yardstick, "tokenize", lambda *some: asked.append(some[2]) or tokenize(*some))
+    asked, tokenize = [], Embedder.tokenize
+    monkeypatch.setattr(Embedder, "tokenize", lambda *some: asked.append(some[2]) or tokenize(*some))
 
     def hits(embedder):
         asked.clear()

@@ -23,7 +23,6 @@ from test_dream import write_rows
 from test_eval import write_beir
 from tiny import byte_tokenizer, make_rows, tiny_checkpoint
 
-import eval as yardstick
 from formats.catalogue import BEIR
 
 MODELS = ["Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-1.5B", "Qwen/Qwen2.5-1.5B-Instruct", "Qwen/Qwen3-Embedding-0.6B"]
@@ -171,7 +170,7 @@ def test_the_python_snippet_runs(monkeypatch):
     assert len(shown) == 3 and shown == sorted(shown, reverse=True) and -1 <= shown[-1] and shown[0] <= 1
     (cosine, *_), (best, *_) = names["scores"][0], names["found"][0]
     query, passage = (
-        yardstick.encode(names["embedder"], [text], kind)[0]
+        names["embedder"].encode([text], kind)[0]
         for text, kind in ((names["questions"][0], "query"), (names["passages"][int(best)], "document"))
     )
     assert float(query @ passage) == pytest.approx(float(cosine), abs=1e-5)

@@ -21,7 +21,7 @@ from formats.datasets import load_dataset
 from formats.embedders import load_embedder
 from formats.kept import EmbeddingStore
 from formats.templates import TEMPLATES
-from model import read_prefix, target_loss
+from model import Embedder, read_prefix, target_loss
 from related.bm25 import BM25
 from support.launch import CPU
 from tools import search
@@ -74,7 +74,7 @@ def ask(capsys, *arguments, status=0):
 
 def watch(monkeypatch, calls):
     """Note what is encoded, and which blocks are read."""
-    tokenize, read = yardstick.tokenize, EmbeddingStore.read
+    tokenize, read = Embedder.tokenize, EmbeddingStore.read
 
     def tokenized(embedder, texts, kind):
         calls.append(kind)
@@ -84,7 +84,7 @@ def watch(monkeypatch, calls):
         calls.append((start, end))
         return read(store, start, end)
 
-    monkeypatch.setattr(yardstick, "tokenize", tokenized)
+    monkeypatch.setattr(Embedder, "tokenize", tokenized)
     monkeypatch.setattr(EmbeddingStore, "read", reading)
 
 

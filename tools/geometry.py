@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval import encode
 from formats.catalogue import expand_names, resolve_datasets
 from formats.datasets import RetrievalDataset
 from formats.embedders import load_embedder
@@ -126,8 +125,8 @@ def measure_geometry(
     if len(sample.relevant) < 2:
         return None
     texts = [dataset.documents[number][1].full_text for number in sample.documents]
-    documents = encode(embedder, texts, "document", batch_tokens)  # (D, C)
-    queries = encode(embedder, [dataset.queries[q] for q in sample.queries], "query", batch_tokens)  # (Q, C)
+    documents = embedder.encode(texts, "document", batch_tokens)  # (D, C)
+    queries = embedder.encode([dataset.queries[q] for q in sample.queries], "query", batch_tokens)  # (Q, C)
     return geometry(queries, documents, sample.relevant, sample.random)
 
 

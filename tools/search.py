@@ -78,7 +78,7 @@ def dense_search(embedder: Embedder, corpus: Corpus, folder: Path, dtype: torch.
     embeddings = [store.read(*block) for block in blocks]  # (n, C) each, views of their files
 
     def find(question: str, k: int) -> yardstick.Hits:
-        query = yardstick.encode(embedder, [question], "query")  # (1, C)
+        query = embedder.encode([question], "query")  # (1, C)
         best = yardstick.search(query, query[:0], k)  # nothing yet
         for (start, _), block in zip(blocks, embeddings, strict=True):
             best = yardstick.search(query, block, k, offset=start, best=best)

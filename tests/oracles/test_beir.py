@@ -20,6 +20,7 @@ from torch import nn
 import eval as yardstick
 from formats.datasets import load_dataset
 from formats.embedders import load_embedder
+from model import Embedder
 from related.bm25 import words
 from support.launch import CPU
 
@@ -27,7 +28,7 @@ CUTOFFS = [1, 3, 5, 10, 100]
 NAMES = {"ndcg": "NDCG", "map": "MAP", "recall": "Recall", "precision": "P"}
 
 
-class BagOfWords(nn.Module):
+class BagOfWords(Embedder):
     """An embedder without a model: words hashed to 512 counts, unit length, in steps of 1/1024.
 
     In these steps every product and every partial sum of a score fits in float32, so scores do not depend on
@@ -35,6 +36,9 @@ class BagOfWords(nn.Module):
     """
 
     dim, device = 512, CPU
+
+    def __init__(self):
+        nn.Module.__init__(self)
 
     def tokenize(self, texts, kind):
         return [[zlib.crc32(word.encode()) % self.dim for word in words(text)] for text in texts]
@@ -72,8 +76,8 @@ def embedder(kind: str):
 def embeddings_of(kind: str, path) -> tuple[torch.Tensor, torch.Tensor]:
     """Queries (Q, C) and documents (N, C) of a dataset, encoded once for all tests."""
     dataset = load_dataset(path, "test")
-    queries = yardstick.encode(embedder(kind), list(dataset.queries.values()), "query")
-    return queries, yardstick.encode(embedder(kind), [text for _, text in dataset.corpus()], "document")
+    queries = embedder(kind).encode(list(dataset.queries.values()), "query")
+    return queries, embedder(kind).encode([text for _, text in dataset.corpus()], "document")
 
 
 class LookUp:
@@ -251,13 +255,13 @@ def test_batches_blocks_and_order_move_real_embeddings_by_rounding_alone(
     texts = dict(dataset.corpus())
     by_id = dict(zip(texts, documents, strict=True))
     _, run, expected = evaluate_ours(dataset, (queries, documents))
-    parts, embed_all = [], yardstick.embed_all
+    parts, embed_all = [], Embedder.embed_all
 
     def watched(*arguments):
         parts.append(embed_all(*arguments))
         return parts[-1]
 
-    monkeypatch.setattr(yardstick, "embed_all", watched)
+    monkeypatch.setattr(Embedder, "embed_all", watched)
     other = shuffle_corpus(tmp_path / "shuffled", texts, dataset, seed)
     hits = yardstick.dense_hits(
         embedder("demo"), other, 100 + yardstick.MARGIN, batch_tokens, block, quiet=True
