@@ -2,7 +2,7 @@
 
     python eval.py --dataset demo                            the demo's test set, model runs/demo
     python eval.py --dataset demo --model bm25               the same without learning
-    python eval.py --dataset scifact nfcorpus --model runs/big --json scores.json
+    python eval.py --dataset scifact nfcorpus --model runs/big bm25 --json scores.json
     python eval.py --dataset beir13 --model yixuantt/DREAM-0.5B --device cuda --batch-tokens 131072
     python eval.py --dataset rteb --model Qwen/Qwen3-Embedding-0.6B --max-length 8192 --mteb results
     torchrun --nproc-per-node 8 eval.py --dataset beir --model runs/big --embeddings kept
@@ -23,11 +23,10 @@ the run scores 0 (pytrec_eval leaves it out of the mean), as does one without a 
 with the query's own id is dropped, as in BEIR (--identical-ids).
 """
 
-import json
+import itertools
 import math
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,23 +36,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from formats.catalogue import GROUPS, expand_names, resolve_datasets
+from formats.catalogue import GROUPS, check_names, members, read_datasets
 from formats.datasets import RetrievalDataset
 from formats.embedders import load_embedder
 from formats.kept import STORED, EmbeddingStore, fingerprint
-from formats.results import MTEB_DROPS, average, write_mteb, write_run
+from formats.results import MTEB_DROPS, Outputs, average
 from model import BATCH_TOKENS, Embedder
 from related.bm25 import BM25
 from support import launch
-from support.files import InputError, check_writable, write_atomic
+from support.files import InputError
 from support.flags import add_flags, flag
 from support.runs import DEFAULT_MODEL, locate
-from support.show import print_averages, print_header, print_result, progress
+from support.show import print_averages, print_header, print_result, print_told, progress
 
 CUTOFFS = (1, 3, 5, 10, 100, 1000)
 DOCUMENT_BLOCK = 32_768  # documents read, sorted by length and encoded at a time
 MARGIN = 128  # hits kept beyond k: top-k breaks ties arbitrarily, the final sort by id needs the tied ones
-IDENTICAL_IDS = "documents that have the query's id: beir drops them, mteb only in some tasks"
+IDENTICAL_IDS = "documents with the query's id: beir (default) drops all, mteb (default with --mteb) some"
+MODELS = f"folder, owner/name[@revision], or bm25; several in one table (default: {DEFAULT_MODEL})"
 DATASETS = f"demo, {', '.join(GROUPS)}, names of BEIR or RTEB, folders or .zip in their layouts"
 GONE = {
     "--geometry": "is now a command of its own: python -m tools.geometry",
@@ -284,7 +284,7 @@ class Settings:
     """What `eval.py` is told, a flag a line. 0 and "" stand for "not given"."""
 
     dataset: list[str] = flag([], DATASETS, "what is scored")
-    model: str = flag(DEFAULT_MODEL, "folder, owner/name[@revision], or bm25")
+    model: list[str] = flag([DEFAULT_MODEL], MODELS)
     split: str = flag("", "the judgements: qrels/SPLIT.tsv (default: test; msmarco: dev)")
     max_length: int = flag(0, "tokens kept of each text (default: the checkpoint's)", "how it embeds")
     query_prompt: str | None = flag(None, "text put before every query (default: the checkpoint's)")
@@ -296,10 +296,14 @@ class Settings:
     identical_ids: str = flag("", IDENTICAL_IDS, choices=("beir", "mteb", "keep"))
     json: str = flag("", "write results and settings; rewritten after each dataset", metavar="FILE")
     per_query: bool = flag(False, "with each query's NDCG@10 in --json")
-    trec: str = flag("", "write a TREC run; {dataset} in FILE is the dataset's name", metavar="FILE")
+    trec: str = flag("", "write a TREC run; {dataset} and {model} in FILE are their names", metavar="FILE")
     mteb: str = flag("", "write result files that mteb reads", metavar="DIR")
     embeddings: str = flag("", "keep the documents' embeddings there, and reuse them", metavar="DIR")
     embeddings_dtype: str = flag("float32", "as what; half precision halves the disk", choices=tuple(STORED))
+
+
+def outputs_of(settings: Settings) -> Outputs:
+    return Outputs(settings.json, settings.trec, settings.mteb, settings.embeddings)
 
 
 def parse_arguments(argv: list[str] | None) -> Settings:
@@ -314,37 +318,18 @@ def parse_arguments(argv: list[str] | None) -> Settings:
         if prompt and not prompt.isascii() and any("\ud800" <= letter <= "\udfff" for letter in prompt):
             parser.error(f"--{flag_}-prompt: not UTF-8")
     settings.identical_ids = settings.identical_ids or ("mteb" if settings.mteb else "beir")
+    settings.model = list(dict.fromkeys(settings.model))
+    try:
+        outputs_of(settings).check_names(members(settings.dataset), settings.model)
+    except InputError as error:
+        parser.error(str(error))
     return settings
 
 
-def read_datasets(settings: Settings) -> list[RetrievalDataset]:
-    """All datasets, and whether what is asked for can be written: a typing error should not wait for hours of
-    work. Raises InputError."""
-    names = expand_names(settings.dataset)
-    datasets = [d for name in names for d in resolve_datasets(name, settings.split or None)]
-    called = Counter(dataset.name for dataset in datasets)
-    if twice := [name for name, count in called.items() if count > 1]:
-        raise InputError(f"--dataset: several are called {twice[0]!r}; give each folder a name of its own")
-    trec = [settings.trec.replace("{dataset}", d.name) for d in datasets if settings.trec]
-    if len(set(trec)) < len(trec):
-        raise InputError(f"--trec {settings.trec}: several datasets need {{dataset}} in the file's name")
-    for path in filter(None, (settings.json, *trec)):
-        check_writable(path)
-    for path in filter(None, (settings.mteb, settings.embeddings)):
-        check_writable(path, folder=True)
-    return datasets
-
-
-def run_evaluation(settings: Settings) -> list[dict]:
-    """Evaluate a model on datasets, print the table, write what is asked for; the results as in --json.
-
-    Raises InputError.
-    """
-    rank, processes = launch.join_processes()
-    folder = None if settings.model == "bm25" else locate(settings.model)
-    datasets = read_datasets(settings)
-    told = {name: getattr(settings, name) for name in ("model", "k", "identical_ids")}
-    embedder, revision, digest = None, "no_revision_available", None
+def open_model(name: str, folder: Path | None, settings: Settings) -> tuple[Embedder | None, dict]:
+    """What embeds, and what --json says of it; BM25 has no folder, and nothing embeds. Raises InputError."""
+    told = {"model": name, "k": settings.k, "identical_ids": settings.identical_ids}
+    embedder, revision = None, "no_revision_available"
     if folder is None:
         told |= BM25([]).describe()
     else:
@@ -353,24 +338,37 @@ def run_evaluation(settings: Settings) -> list[dict]:
         embedder = load_embedder(folder, device, dtype, settings.max_length or None)
         prompts = {"query": settings.query_prompt, "document": settings.document_prompt}
         embedder.prompts |= {kind: text for kind, text in prompts.items() if text is not None}
-        settings.batch_tokens = settings.batch_tokens or BATCH_TOKENS[device.type]
-        told |= {"checkpoint": str(folder), "device": str(device), "processes": processes}
-        told |= {"batch_tokens": settings.batch_tokens}
+        told |= {"checkpoint": str(folder), "device": str(device), "processes": launch.join_processes()[1]}
+        told |= {"batch_tokens": settings.batch_tokens or BATCH_TOKENS[device.type]}
         if settings.embeddings:
-            told["embeddings_dtype"] = settings.embeddings_dtype
-            digest = fingerprint(embedder)
+            told |= {"embeddings_dtype": settings.embeddings_dtype, "weights": fingerprint(embedder)}
         told |= {**embedder.describe(), "dtype_reason": reason}
+        if others := sorted(set(embedder.prompts) - {"query", "document"}):
+            print(f"note: {name}: prompts that are not used: {', '.join(others)}; see --query-prompt")
         revision = folder.name if folder.parent.name == "snapshots" else revision
     told |= {"model_revision": revision, "code": launch.code_version(), "torch": torch.__version__}
-    for name, value in told.items():
-        print(f"{name}: {value}")
-    if embedder and (others := sorted(set(embedder.prompts) - {"query", "document"})):
-        print(f"note: prompts that are not used: {', '.join(others)}; --query-prompt takes a prompt's text")
+    return embedder, told
 
-    width = max(len(name) for name in ["dataset", *(dataset.name for dataset in datasets)])
-    print_header(width)
-    results: list[dict] = []
-    for dataset in datasets:
+
+def run_evaluation(settings: Settings) -> dict[str, list[dict]]:
+    """Evaluate models on datasets, print the table, write what is asked for: {model: results as in --json}.
+
+    Raises InputError.
+    """
+    rank, _ = launch.join_processes()
+    check_names(members(settings.dataset))  # before anything is fetched
+    outputs = outputs_of(settings)
+    outputs.check_writable()
+    folders = {name: None if name == "bm25" else locate(name) for name in settings.model}
+    models = {name: open_model(name, folder, settings) for name, folder in folders.items()}
+    datasets = read_datasets(settings.dataset, settings.split or None)
+    names = [dataset.name for dataset in datasets]
+    outputs.check_names(names, settings.model)
+    told = {name: how for name, (_, how) in models.items()}
+    print_told(list(told.values()))
+    form = print_header(names, settings.model)
+    results: dict[str, list[dict]] = {name: [] for name in models}
+    for dataset, (name, (embedder, how)) in itertools.product(datasets, models.items()):
         started = time.perf_counter()
         wanted = min(settings.k + MARGIN, dataset.num_documents)
         if embedder is None:
@@ -379,24 +377,16 @@ def run_evaluation(settings: Settings) -> list[dict]:
             store = None
             if settings.embeddings:
                 kept_as = STORED[settings.embeddings_dtype]
-                store = EmbeddingStore(Path(settings.embeddings), embedder, dataset, kept_as, digest)
+                store = EmbeddingStore(Path(settings.embeddings), embedder, dataset, kept_as, how["weights"])
             hits = dense_hits(embedder, dataset, wanted, settings.batch_tokens, store=store)
         rule = settings.identical_ids
         keep = rule == "keep" or rule == "mteb" and dataset.task not in MTEB_DROPS
         result, run = evaluate_hits(dataset, hits, settings.k, keep, settings.per_query)
-        results.append(result | {"seconds": round(time.perf_counter() - started, 1)})
-        if rank:  # the first process alone writes
-            continue
-        if settings.trec:
-            tag = "_".join(Path(settings.model).name.split()) or "dream"
-            write_run(Path(settings.trec.replace("{dataset}", dataset.name)), run, tag)
-        if settings.json:
-            content = {"results": results, "averages": average(results), "settings": told}
-            write_atomic(settings.json, json.dumps(content, indent=2) + "\n")
-        if settings.mteb:
-            write_mteb(Path(settings.mteb), settings.model, revision, datasets, results)
-        print_result(result, width)
-    print_averages(average(results))
+        results[name].append(result | {"seconds": round(time.perf_counter() - started, 1)})
+        if rank == 0:  # the others neither write nor print
+            outputs.write(name, run, datasets, results, told)
+            print_result(result, form.format(dataset.name, name))
+    print_averages({name: average(own) for name, own in results.items()})
     return results
 
 

@@ -4,6 +4,7 @@ import difflib
 import itertools
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,7 +15,6 @@ from support.hub import fetch_repository
 
 # What is public under a name. BEIR: the task's name in mteb, and the md5 that its authors list for the zip.
 BEIR_URL = "https://public.ukp.informatik.tu-darmstadt.de/thakur/BEIR/datasets"
-
 
 BEIR = {
     "msmarco": ("MSMARCO", "444067daf65d982533ea17ebd59501e4"),
@@ -33,7 +33,6 @@ BEIR = {
     "climate-fever": ("ClimateFEVER", "8b66f0a9126c521bae2bde127b4dc99d"),
     "scifact": ("SciFact", "5f7d1de60b170fc8027bb7898e2efca1"),
 }
-
 
 # RTEB's open tasks by mteb's names: repository and the revision that mteb pins.
 RTEB = {
@@ -65,7 +64,6 @@ RTEB = {
     ),
 }
 
-
 MIRACL = dict(  # subset and language
     pair.split(":")
     for pair in (
@@ -75,18 +73,15 @@ MIRACL = dict(  # subset and language
     ).split()
 )
 
-
 CURE = (
     "all dentistry_and_oral_health dermatology gastroenterology genetics neuroscience_and_neurology "
     "orthopedic_surgery otorhinolaryngology plastic_surgery psychiatry_and_psychology pulmonology"
 ).split()
 
-
 REVELA = (  # the thirteen that Revela reports
     "arguana climate-fever dbpedia-entity fever fiqa hotpotqa nfcorpus nq quora scidocs scifact trec-covid "
     "webis-touche2020"
 ).split()
-
 
 GROUPS = {
     "beir": list(BEIR),
@@ -103,9 +98,37 @@ def beir_url() -> str:
     return os.environ.get("BEIR_URL", BEIR_URL).rstrip("/")
 
 
+def members(names: Iterable[str]) -> list[str]:
+    """Groups replaced by their members, each name once."""
+    return list(dict.fromkeys(member for name in names for member in GROUPS.get(name, [name])))
+
+
+def check_names(names: Iterable[str], flag: str = "--dataset") -> None:
+    """Raise InputError, which names `flag`, for one that is neither a public name nor a path."""
+    for name in names:
+        if name in ("demo", *BEIR, *RTEB) or name and Path(name).exists():
+            continue
+        known = ["demo", *GROUPS, *BEIR, *RTEB]
+        close = [other for other in known if name and other.lower().startswith(name.lower())]
+        close = close or difflib.get_close_matches(name, known, 1)
+        hint = f"did you mean {close[0]}?" if close else f"names: {', '.join(known)}"
+        raise InputError(
+            f"{flag} {name or repr(name)}: no such folder or .zip, and not a name of a public dataset; {hint}"
+        )
+
+
+def read_datasets(names: Iterable[str], split: str | None = None) -> list[RetrievalDataset]:
+    """The datasets of names and groups, fetched if need be. Raises InputError where two share a name."""
+    datasets = [d for name in expand_names(names) for d in resolve_datasets(name, split)]
+    called = Counter(dataset.name for dataset in datasets)
+    if twice := [name for name, count in called.items() if count > 1]:
+        raise InputError(f"--dataset: several are called {twice[0]!r}; give each folder a name of its own")
+    return datasets
+
+
 def expand_names(names: Iterable[str]) -> list[str]:
-    """Groups replaced by their members, each name once; what is missing of BEIR's is told with its size."""
-    expanded = list(dict.fromkeys(member for name in names for member in GROUPS.get(name, [name])))
+    """`members`; what is missing of BEIR's is told with its size."""
+    expanded = members(names)
     cache = cache_folder()
     missing = [name for name in expanded if name in BEIR and not (cache / name).is_dir()]
     if missing:
@@ -128,6 +151,7 @@ def resolve_datasets(name: str, split: str | None = None, flag: str = "--dataset
     name: `demo`, one of BEIR's names, one of RTEB's tasks, else a folder or .zip in BEIR's or mteb's layout.
     split: None: the usual one (msmarco: dev; else test). Raises InputError, which names `flag`.
     """
+    check_names([name], flag)
     if name == "demo":
         dataset = load_dataset(Path(__file__).parent.parent / "demo" / "test", split or "test")
         dataset.name = dataset.task = "demo"
@@ -143,15 +167,7 @@ def resolve_datasets(name: str, split: str | None = None, flag: str = "--dataset
         return datasets
     if name in RTEB:
         return [_load_task(name, *part) for part in _task_parts(name, split)]
-    if name and Path(name).exists():
-        return _load_parts(Path(name), Path(name).resolve().name.removesuffix(".zip"), split)
-    known = ["demo", *GROUPS, *BEIR, *RTEB]
-    close = [other for other in known if name and other.lower().startswith(name.lower())]
-    close = close or difflib.get_close_matches(name, known, 1)
-    hint = f"did you mean {close[0]}?" if close else f"names: {', '.join(known)}"
-    raise InputError(
-        f"{flag} {name or repr(name)}: no such folder or .zip, and not a name of a public dataset; {hint}"
-    )
+    return _load_parts(Path(name), Path(name).resolve().name.removesuffix(".zip"), split)
 
 
 def resolve_dataset(name: str, split: str | None = None, flag: str = "--dataset") -> RetrievalDataset:

@@ -7,24 +7,37 @@ from typing import Any
 from tqdm import tqdm
 
 
-def print_header(width: int) -> None:
-    """The head of the table whose rows `print_result` prints; width: of the longest dataset's name."""
-    columns = "  ".join(f"{name:>10}" for name in ("documents", "NDCG@10", "recall@100", "MAP", "MRR@10"))
-    print(f"\n{'dataset':{width}}  {'split':8}  {'queries':>8}  {columns}", flush=True)
+def print_told(told: list[dict]) -> None:
+    """What is said of each model, a line a setting; where models differ, with a bar between."""
+    for name in dict.fromkeys(name for own in told for name in own):
+        values = [str(own.get(name, "-")) for own in told]
+        print(f"{name}: {' | '.join(values if len(set(values)) > 1 else values[:1])}")
 
 
-def print_averages(averages: dict[str, dict[str, float]]) -> None:
-    for name, metrics in averages.items():
-        part = f"{name}: NDCG@10 {metrics['ndcg@10']:.4f}, the mean of its parts"
-        mean = f"mean NDCG@10: {metrics['ndcg@10']:.4f}, each benchmark counted once"
-        print(mean if name == "mean" else part)
+def print_header(datasets: list[str], models: list[str]) -> str:
+    """The table's head. Returns the form of a row's first columns: dataset and, of several, model."""
+    columns = [["dataset", *datasets], ["model", *models]][: 1 + (len(models) > 1)]
+    form = "  ".join(f"{{:{max(map(len, names))}}}" for names in columns)
+    figures = "  ".join(f"{name:>10}" for name in ("documents", "NDCG@10", "recall@100", "MAP", "MRR@10"))
+    print(f"\n{form.format('dataset', 'model')}  {'split':8}  {'queries':>8}  {figures}", flush=True)
+    return form
 
 
-def print_result(result: dict, width: int) -> None:
+def print_averages(averages: dict[str, dict[str, dict[str, float]]]) -> None:
+    """averages: model -> benchmark, or "mean" -> metrics."""
+    for model, own in averages.items():
+        for name, metrics in own.items():
+            part = f"{name}: NDCG@10 {metrics['ndcg@10']:.4f}, the mean of its parts"
+            mean = f"mean NDCG@10: {metrics['ndcg@10']:.4f}, each benchmark counted once"
+            print(f"{model}: " * (len(averages) > 1) + (mean if name == "mean" else part))
+
+
+def print_result(result: dict, names: str) -> None:
+    """A row. names: what it begins with, padded."""
     metrics = result["metrics"]
     figures = "  ".join(f"{metrics[name]:10.4f}" for name in ("ndcg@10", "recall@100", "map", "mrr@10"))
     counts = f"{result['split']:8}  {result['queries']:8,}  {result['documents']:10,}"
-    print(f"{result['dataset']:{width}}  {counts}  {figures}", flush=True)
+    print(f"{names}  {counts}  {figures}", flush=True)
     for group, means in result.get("groups", {}).items():
         print(f"  {group}: {means['queries']:,} queries, NDCG@10 {means['ndcg@10']:.4f}")
     if number := result["queries_without_hits"]:

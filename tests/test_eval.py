@@ -18,7 +18,7 @@ from tiny import tiny_checkpoint
 
 import eval as yardstick
 from formats.datasets import load_dataset
-from formats.embedders import load_embedder
+from formats.embedders import load_embedder, save_embedder
 from formats.results import write_run
 from support.files import InputError
 from support.flags import flags_of
@@ -296,6 +296,49 @@ def test_command_line_with_a_checkpoint(small, tmp_path, capsys):
     assert again == {name: pytest.approx(value, abs=6e-6) for name, value in first["metrics"].items()}
 
 
+def test_several_models_share_a_table_and_score_as_they_do_alone(small, tmp_path, capsys):
+    other = shutil.copytree(small, tmp_path / "other")
+    models = [str(tiny_checkpoint(tmp_path / name)) for name in ("one", "longer")] + ["bm25"]
+    embedder = load_embedder(models[1], CPU, torch.float32, 7)
+    embedder.decoder.norm.weight.data[:4] = 3  # another model
+    save_embedder(embedder, tmp_path / "longer")
+    files = ["--trec", str(tmp_path / "{model}-{dataset}.trec"), "--json", str(tmp_path / "r.json")]
+    files += ["--mteb", str(tmp_path / "mteb")]
+    command = ["--dataset", str(small), str(other), "--device", "cpu", "--per-query", *files]
+    alone = {}
+    for model in models:
+        assert yardstick.main([*command, "--model", model]) == 0
+        alone[model] = json.loads((tmp_path / "r.json").read_text())
+        assert set(alone[model]) == {"results", "averages", "settings"} and "mean" in alone[model]["averages"]
+    (tmp_path / "r.json").unlink()
+    runs = {path: path.read_text() for path in tmp_path.glob("*.trec")}
+    assert len(runs) == 6
+    for path in runs:
+        path.unlink()
+    capsys.readouterr()
+
+    assert yardstick.main([*command, "--model", *models, models[0]]) == 0
+    together = json.loads((tmp_path / "r.json").read_text())
+    for model in models:
+        own = [result for result in together["results"] if result["model"] == model]
+        for result, expected in zip(own, alone[model]["results"], strict=True):
+            assert {**expected, "model": model, "seconds": result["seconds"]} == result
+        assert together["averages"][model] == alone[model]["averages"]
+        assert together["settings"][model] == alone[model]["settings"]
+    assert len({result["metrics"]["ndcg@10"] for result in together["results"]}) == 3
+    assert {path: path.read_text() for path in tmp_path.glob("*.trec")} == runs
+    names = {folder.name for folder in (tmp_path / "mteb" / "results").iterdir()}
+    assert names == {"local__one", "local__longer", "bm25"}
+    printed = capsys.readouterr().out
+    assert f"\nmodel: {' | '.join(models)}\nk: 1000\n" in f"\n{printed}"
+    assert "\nmax_length: 512 | 7 | -\n" in printed
+    table = [line for line in printed.split("\n\n")[1].splitlines() if "  test  " in line]
+    assert [line.split()[:2] for line in table] == [[name, m] for name in ("small", "other") for m in models]
+    assert len(set(map(len, table))) == 1
+    mean = alone[models[1]]["averages"]["mean"]["ndcg@10"]
+    assert f"{models[1]}: mean NDCG@10: {mean:.4f}" in printed
+
+
 def test_two_folders_of_one_name_are_refused(small, tmp_path, capsys):
     again = shutil.copytree(small, tmp_path / "other" / "small")
     assert yardstick.main(["--dataset", str(small), str(again), "--model", "bm25"]) == 2
@@ -339,8 +382,12 @@ def test_wrong_input_is_one_line_and_exit_status_2(small, tmp_path, capsys, monk
     monkeypatch.chdir(tmp_path)
     some = ["--dataset", str(small)]
     (tmp_path / "begun").mkdir()
+    (tmp_path / "old" / "begun").mkdir(parents=True)
     (tmp_path / "begun" / "settings.json").write_text("{}")
     two = ["--dataset", str(small), str(shutil.copytree(small, tmp_path / "other"))]
+    for part in "ab":
+        shutil.copytree(small, tmp_path / "parts" / part)
+    parts = ["--dataset", str(tmp_path / "parts")]
     for arguments, message in (
         (some, "runs/demo does not exist: train it"),
         (["--dataset", "absent", "--model", "bm25"], "--dataset absent: no such folder"),
@@ -349,7 +396,8 @@ def test_wrong_input_is_one_line_and_exit_status_2(small, tmp_path, capsys, monk
         ([*some, "--model", "runs/nope"], "runs/nope: no such folder; give"),
         ([*some, "--model", "begun"], "begun: this run has no checkpoint yet"),
         ([*some, "--model", "bm25", "--mteb", "/proc/1"], "/proc/1: cannot be written, /proc/1 is read-only"),
-        ([*two, "--model", "bm25", "--trec", "x"], "--trec x: several datasets need {dataset} in the file's"),
+        ([*parts, "--model", "bm25", "--trec", "x"], "--trec x: several datasets need {dataset} in the"),
+        ([*parts, "absent", "--model", "runs/nope"], "--dataset absent: no such folder"),
     ):
         assert yardstick.main(arguments) == 2
         error = capsys.readouterr().err
@@ -360,6 +408,10 @@ def test_wrong_input_is_one_line_and_exit_status_2(small, tmp_path, capsys, monk
         ([*some, "--k", "99"], "--k: 99 is not at least 100"),
         ([*some, "--batch-tokens", "0"], "--batch-tokens: 0 is not at least 1"),
         ([*some, "--query-prompt", "\udcff"], "--query-prompt: not UTF-8"),
+        ([*two, "--trec", "x"], "--trec x: several datasets need {dataset} in the file's name"),
+        (["--dataset", "beir9", "--trec", "x"], "--trec x: several datasets need {dataset}"),
+        ([*two, "--model", "a", "bm25", "--trec", "{dataset}"], "several models need {model} in the file's"),
+        ([*some, "--model", "begun", "old/begun", "--mteb", "x"], "two of the models have the same name"),
         ([*some, "--geometry"], "--geometry is now a command of its own: python -m tools.geometry"),
         ([*some, "--compile"], "--compile was removed"),
         ([], "required: --dataset"),
@@ -379,7 +431,7 @@ def test_the_script_runs_and_shows_every_flag(small, capsys):
     with pytest.raises(SystemExit) as stopped:
         yardstick.main(["--help"])
     shown = capsys.readouterr().out
-    assert stopped.value.code == 0
+    assert stopped.value.code == 0 and "beir (default)" in " ".join(shown.split())
     assert all(f"  --{name.replace('_', '-')}" in shown for name in flags_of(yardstick.Settings))
     command = [sys.executable, str(ROOT / "eval.py"), "--dataset", str(small), "--model", "none"]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -392,4 +392,4 @@ def test_the_end_names_the_next_command(tmp_path, capsys):
     size = sum(path.stat().st_size for path in to.rglob("*") if path.is_file()) / 1e6
     assert written == f"written: {to}  adapter, float32, {size:.1f} MB"
     assert note.startswith("note: ") and following.startswith("next: python eval.py ")
-    assert yardstick.parse_arguments(following.split()[3:]).model == str(to)
+    assert yardstick.parse_arguments(following.split()[3:]).model == [str(to)]

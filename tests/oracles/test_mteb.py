@@ -327,7 +327,8 @@ def test_the_readmes_example(mteb, tmp_path, monkeypatch):
     add_lora(embedder.decoder, 4, 8)
     save_embedder(embedder, tmp_path / "run", str(base))
     command = ["--dataset", str(archive), "--model", str(tmp_path / "run"), "--device", "cpu"]
-    (ours,) = yardstick.run_evaluation(yardstick.parse_arguments([*command, "--identical-ids", "mteb"]))
+    settings = yardstick.parse_arguments([*command, "--identical-ids", "mteb"])
+    (ours,) = yardstick.run_evaluation(settings)[str(tmp_path / "run")]
 
     shutil.unpack_archive(archive, tmp_path / "unpacked")
     copy = in_mtebs_layout(tmp_path / "unpacked" / "nfcorpus", tmp_path / "copy", "jsonl", "")
