@@ -77,6 +77,19 @@ def monkeypatch():
     patches.undo()
 
 
+# Of a CPU: plain products up to attention.SHORT keys, the fused kernel above.
+WAYS = {"plain": ["_short_attention"], "fused": ["_causal_attention", "_masked_attention"]}
+
+
+@pytest.fixture(params=WAYS)
+def way(request, monkeypatch):
+    """The one way in which the test's attention is computed; the other may not be gone."""
+    monkeypatch.setattr("attention.SHORT", {"plain": 512, "fused": 0}[request.param])
+    for name in (name for other in WAYS.keys() - {request.param} for name in WAYS[other]):
+        monkeypatch.setattr(f"attention.{name}", lambda *args: pytest.fail("attention took the other way"))
+    return request.param
+
+
 def pytest_addoption(parser):
     parser.addoption(
         "--slow", action="store_true", help="also run what takes minutes: the demo, real data, real sizes"

@@ -1,13 +1,28 @@
-"""The injection against a float64 reference written straight from the equations, alone and in a network."""
+"""Attention and the injection against float64 references written straight from the equations, alone and in a
+network; on a CPU both ways, plain products up to SHORT keys and the fused kernel above."""
 
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import config_file, random_lm
+from tiny import config_file, random_lm, world
 
 from attention import LOG_ZERO, Injection, attention, document_logsumexp, head_tensors
+from data import collate
+from model import target_loss
+from support.launch import CPU
+
+
+def softmax_attention(q, k, v, visible):
+    """The reference: softmax(q k' / sqrt(D)) v over the keys that each row sees, head by head."""
+    group = q.shape[1] // k.shape[1]
+    outs = []
+    for head in range(q.shape[1]):
+        own = k[:, head // group], v[:, head // group]
+        logits = (q[:, head] @ own[0].mT / math.sqrt(q.shape[-1])).masked_fill(~visible, -torch.inf)
+        outs.append(logits.softmax(-1) @ own[1])
+    return torch.stack(outs, 1)
 
 
 def equations(weights, spans, first_row, heads, keep_budget=True):
@@ -93,6 +108,58 @@ class Case:
         return [own[:, :count] for own, count in zip(out, counts, strict=True)]
 
 
+# Largest distance from float64, relative to the largest value.
+CLOSE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.02}
+
+
+@pytest.mark.parametrize("dtype", CLOSE)
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize("rows, prefix", [(11, None), (1, (5, 2, 0)), (3, (9, 4, 0)), (12, (9, 1, 0))])
+def test_attention_is_the_softmax(way, rows, prefix, group, dtype):
+    """Causal; or rows over right-padded prefixes of unequal lengths, where a first row may see itself alone.
+    More rows than a head has dimensions (8) take another way of the fused kernel's."""
+    g = torch.Generator().manual_seed(rows + group)
+    num_keys = rows + max(prefix or (0,))
+    sizes = (3, 2 * group, rows, 8), (3, 2, num_keys, 8), (3, 2, num_keys, 8)
+    q, k, v = (torch.randn(size, generator=g).to(dtype) for size in sizes)
+    q = q * 3
+    causal = torch.ones(rows, rows, dtype=torch.bool).tril().expand(3, -1, -1)
+    visible = causal
+    if prefix:
+        before = torch.arange(max(prefix)) < torch.tensor(prefix)[:, None]  # (B, P)
+        visible = torch.cat([before[:, None].expand(-1, rows, -1), causal], 2)
+        hidden = F.pad(~before, (0, rows))[:, None, :, None]
+        k, v = (x.masked_fill(hidden, 9.0) for x in (k, v))  # nothing may see them
+    wide = [x.double().requires_grad_() for x in (q, k, v)]
+    own = [x.requires_grad_() for x in (q, k, v)]
+    found, expected = attention(*own, visible if prefix else None), softmax_attention(*wide, visible)
+    assert found.dtype == dtype
+    probe = torch.randn(found.shape, generator=g).to(dtype)
+    ours = [found, *torch.autograd.grad(found, own, probe)]
+    theirs = [expected, *torch.autograd.grad(expected, wide, probe.double())]
+    for name, one, other in zip(("output", "q", "k", "v"), ours, theirs, strict=True):
+        distance = (one.double() - other).abs().max() / other.abs().max()
+        assert distance <= CLOSE[dtype], f"{name}: {distance:.1e}"
+
+
+def test_every_row_sees_a_key(tmp_path, monkeypatch):
+    """Softmax over no key is NaN one way and 0 the other: it must never be asked for, pads included."""
+    judge, _, builder, rows = world(tmp_path)
+    seen = []
+
+    def watched(q, k, v, visible=None):
+        seen.append(visible is None or bool(visible.any(-1).all()))
+        return attention(q, k, v, visible)
+
+    monkeypatch.setattr("model.attention", watched)
+    for where in ("target", "suffix"):
+        batch = collate(builder.build(rows), CPU, where)
+        assert batch.suffix_ids.shape[1] > 1 and len(set(batch.prefix_lengths.tolist())) > 1
+        target_loss(judge, batch)
+    judge.model.last(batch.prefix_ids, batch.prefix_lengths)
+    assert len(seen) > 8 and all(seen)
+
+
 @pytest.mark.parametrize("keep_budget", [True, False])
 @pytest.mark.parametrize("seed", range(20))
 def test_injection_equals_the_equations(seed, keep_budget):
@@ -116,7 +183,7 @@ def test_injection_equals_the_equations(seed, keep_budget):
 
 
 @pytest.mark.parametrize("keep_budget", [True, False])
-def test_three_consecutive_injected_layers_of_a_network(keep_budget, tmp_path):
+def test_three_consecutive_injected_layers_of_a_network(keep_budget, way, tmp_path):
     """Later injected layers see queries that depend on the scores: a detached logsumexp would fail here. Also
     that the suffix over a cached prefix is the whole prompt."""
     decoder = random_lm(config_file(tmp_path), dtype=torch.float64).model

@@ -73,6 +73,7 @@ def assert_equal(found, expected):
         torch.testing.assert_close(own, other, rtol=0, atol=1e-10)
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("inject_rows", ["target", "suffix"])
 @pytest.mark.parametrize("document_mass", ["keep", "full"])
 def test_step_equals_one_plain_graph(tmp_path, inject_rows, document_mass):
