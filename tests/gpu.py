@@ -330,7 +330,6 @@ def memory(args) -> list[Line] | str:
 
     if args.device.type != "cuda":
         return CUDA_ONLY
-    from bench import word_tokenizer
 
     import dream
     from model import Embedder
@@ -432,7 +431,6 @@ def llama(args) -> list[Line]:
 def speed(args, figures) -> list[Line]:
     """Random weights at a real size: training steps of 16 rows x 4 x 128 tokens, LoRA r=16; encoding."""
     import torch
-    from bench import word_tokenizer
 
     import dream
     import eval as yardstick
@@ -595,8 +593,18 @@ def network(figures, args, dtype):
     return made.requires_grad_(False).eval().to(dtype)
 
 
+def word_tokenizer():
+    """One token a word: w1 to w5999."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {"<unk>": 0, **{f"w{i}": i for i in range(1, 6000)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return tokenizer
+
+
 def words(count, most, least=None) -> list[str]:
-    """Texts of tests.bench's words, which are tokens."""
+    """Texts of words that are tokens."""
     draw = random.Random(0)
     sizes = (draw.randint(least or most, most) for _ in range(count))
     return [" ".join(f"w{draw.randrange(1, 6000)}" for _ in range(size)) for size in sizes]
