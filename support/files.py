@@ -11,7 +11,7 @@ import tempfile
 import zipfile
 import zlib
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, BinaryIO, TextIO, overload
@@ -134,6 +134,13 @@ def sync(folder: Path) -> None:
             os.close(handle)
 
 
+def state_digest(files: Iterable[Path], more: str = "") -> str:
+    """A digest of files by path, size and times of change (mtime, ctime), without reading them."""
+    states = [(file.resolve(), file.stat()) for file in files]
+    known = [(str(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for path, stat in states]
+    return hashlib.blake2b(f"{known}{more}".encode(), digest_size=12).hexdigest()
+
+
 def open_seekable(path: Path, member: str | None = None) -> BinaryIO:
     """A file, opened seekable; a compressed one, a table or a zip's member goes to a temporary file first."""
     try:
@@ -182,10 +189,11 @@ def part_name(part: Part) -> str:
 class JsonLines:
     """The objects of a JSON-lines file, which may be larger than memory; blank lines do not count.
 
-    Also of several files, one after another, and of parquet tables.
+    Also of several files, one after another, and of parquet tables. places: `offsets` and `numbers`, where
+    they are known: then nothing is read here, and there is no fingerprint.
     """
 
-    def __init__(self, *parts: Path | Part):
+    def __init__(self, *parts: Path | Part, places: Sequence[array] | None = None):
         first, *others = (part if isinstance(part, tuple) else (part, None) for part in parts)
         self.name = part_name(first) + (f" and {len(others)} more" if others else "")
         self._file = open_seekable(*first)
@@ -197,34 +205,37 @@ class JsonLines:
                 joined.write(b"\n")
             joined.seek(0)
             self._file = joined
-        self._offsets, self._lines = array("q"), array("q")
+        self.offsets, self.numbers = array("q"), array("q")  # of bytes before it, of its line
+        if places is not None:
+            self.offsets, self.numbers = places
+            return
         offset, digest = 0, hashlib.blake2b(digest_size=16)
         for number, line in enumerate(self._file, 1):
             digest.update(line)
             if line.strip():
-                self._offsets.append(offset)
-                self._lines.append(number)
+                self.offsets.append(offset)
+                self.numbers.append(number)
             offset += len(line)
         self.fingerprint = digest.hexdigest()
 
     def keep(self, indices: Iterable[int]) -> None:
         """Forget all objects but these."""
         indices = list(indices)
-        self._offsets = array("q", (self._offsets[i] for i in indices))
-        self._lines = array("q", (self._lines[i] for i in indices))
+        self.offsets = array("q", (self.offsets[i] for i in indices))
+        self.numbers = array("q", (self.numbers[i] for i in indices))
 
     def __len__(self) -> int:
-        return len(self._offsets)
+        return len(self.offsets)
 
     def where(self, index: int) -> str:
         """FILE, line N: how messages name an object."""
-        return f"{self.name}, line {self._lines[index]}"
+        return f"{self.name}, line {self.numbers[index]}"
 
     def __getitem__(self, index: int) -> dict:
-        self._file.seek(self._offsets[index])
+        self._file.seek(self.offsets[index])
         line = self._file.readline()
         try:
-            value = _parse_json(line.decode("utf-8-sig" if self._lines[index] == 1 else "utf-8"))
+            value = _parse_json(line.decode("utf-8-sig" if self.numbers[index] == 1 else "utf-8"))
         except (ValueError, RecursionError) as error:  # also covers UnicodeError
             raise InputError(f"{self.where(index)}: not JSON in UTF-8 ({error})") from error
         if not isinstance(value, dict):

@@ -7,6 +7,7 @@ import lzma
 import math
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,9 +18,10 @@ from tiny import tiny_checkpoint
 import eval as yardstick
 from data import Document, Row, collate
 from formats.checkpoints import Checkpoint, make_builder
+from formats.corpus import Corpus
 from formats.datasets import load_dataset
 from formats.embedders import load_embedder
-from formats.kept import EmbeddingStore
+from formats.kept import EmbeddingStore, fingerprint
 from formats.templates import TEMPLATES
 from model import Embedder, read_prefix, target_loss
 from related.bm25 import BM25
@@ -118,6 +120,44 @@ def test_the_second_call_encodes_only_the_question(folder, model, capsys, monkey
     calls.clear()
     assert ask(capsys, QUESTION, "--model", model, "--corpus", folder) == first
     assert calls == [*blocks, "query"] and len(first[0]["hits"]) == 10
+
+
+def test_the_second_call_reads_only_what_it_shows(folder, model, tmp_path, capsys, monkeypatch):
+    """Not the corpus, and of the weights no more than it computes with."""
+    read, weights, getitem = [], [], Corpus.__getitem__
+    monkeypatch.setattr(Corpus, "__getitem__", lambda own, i: read.append(i) or getitem(own, i))
+    monkeypatch.setattr(search, "fingerprint", lambda own: weights.append(own) or fingerprint(own))
+    some = [QUESTION, "--model", model, "--corpus", folder, "--k", 3, "--embeddings", tmp_path / "kept"]
+    first = ask(capsys, *some)
+    assert len(read) > 150 and len(weights) == 1
+    read.clear()
+    assert ask(capsys, *some) == first and len(read) == 3 and len(weights) == 1
+    (index,) = (tmp_path / "kept").glob("corpus-*.npz")
+    index.write_bytes(index.read_bytes()[:1000])  # a broken one is made again
+    read.clear()
+    assert ask(capsys, *some) == first and len(read) == 153
+    assert ask(capsys, *some) == first and len(read) == 156
+
+
+@pytest.mark.parametrize("changed", ["corpus", "model"])
+def test_what_has_changed_is_noticed(folder, model, capsys, monkeypatch, changed):
+    """Also where size and mtime are the same as before."""
+    some = [QUESTION, "--model", model, "--corpus", folder, "--k", 150]
+    first = ask(capsys, *some)
+    path = folder / "corpus.jsonl" if changed == "corpus" else Path(model) / "model.safetensors"
+    times, content = path.stat(), bytearray(path.read_bytes())
+    if changed == "corpus":
+        content = content.replace(b'"d7"', b'"e7"')
+    else:
+        content[-8:] = bytes(8)
+    assert len(content) == times.st_size
+    path.write_bytes(content)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    calls = []
+    watch(monkeypatch, calls)
+    second = ask(capsys, *some)
+    assert "document" in calls and second != first
+    assert ("e7" in {hit["id"] for hit in second[0]["hits"]}) == (changed == "corpus")
 
 
 def test_the_store_is_that_of_eval(folder, model, tmp_path, capsys, monkeypatch):

@@ -6,8 +6,10 @@
 
 Run it from the project's root. The corpus is encoded once; its embeddings are kept as by eval.py's
 --embeddings, which may name the same folder, and memory-mapped: what fits stays in memory, the rest is
-streamed from disk. What each call reads of the corpus are its ids and a fingerprint, line by line. Documents
-rank as in eval.py. Results go to stdout, all else to stderr.
+streamed from disk. Beside them lie the ids and offsets of a corpus.jsonl, and digests of corpus and weights.
+They hold while the files have the same path, size and times of change (mtime, ctime); else the files are read
+again, and what is in them decides which embeddings belong to them. So a later call reads no documents but
+those that it shows. Documents rank as in eval.py. Results go to stdout, all else to stderr.
 
 --explain is for runs of dream.py train. It shows as many documents as a row has candidates there (or --k),
 and each one's weight among them, softmax(cosine / tau). With an ANSWER the judge reads all of them in one
@@ -34,13 +36,14 @@ from data import Document, Row, collate
 from dream import Settings, build_judge, make_reader, parse_arguments
 from formats.catalogue import BEIR, RTEB, resolve_dataset
 from formats.checkpoints import Checkpoint, make_builder
-from formats.datasets import Corpus, RetrievalDataset
-from formats.embedders import load_embedder
-from formats.kept import STORED, EmbeddingStore
+from formats.corpus import Corpus
+from formats.datasets import RetrievalDataset
+from formats.embedders import adapter_base, load_embedder, read_embedding_settings
+from formats.kept import STORED, EmbeddingStore, fingerprint
 from model import Embedder, read_prefix
 from related.bm25 import BM25
 from related.qrhead import read_heads, steering
-from support.files import InputError, cache_folder, check_writable
+from support.files import InputError, cache_folder, check_writable, state_digest, write_atomic
 from support.flags import limited
 from support.launch import ArgumentParser, pick_device, pick_dtype, run_command
 from support.runs import DEFAULT_MODEL, locate, resolve_run
@@ -54,23 +57,43 @@ def utf8(text: str) -> str:
     return text.encode(errors="replace").decode()
 
 
-def open_corpus(name: str) -> Corpus:
-    """Of a public name, a dataset's folder or zip, or a corpus.jsonl(.gz, .xz) alone. Raises InputError."""
-    path = Path(name)
-    if name not in ("demo", *BEIR, *RTEB):
+def open_corpus(name: str, index: Path | None = None) -> Corpus:
+    """Of a public name, a dataset's folder or zip, or a corpus.jsonl(.gz, .xz) alone. Raises InputError.
+
+    index: where a file's index is kept; without it, every document is read.
+    """
+    path = cache_folder() / name if name in BEIR else Path(name)
+    if name not in ("demo", *RTEB):
         file = path / "corpus.jsonl" if path.is_dir() else path
         if file.is_file() and file.suffix != ".zip":
-            return Corpus(file)
+            return Corpus.indexed(file, index) if index else Corpus(file)
     return resolve_dataset(name, flag="--corpus").documents
 
 
-def dense_search(embedder: Embedder, corpus: Corpus, folder: Path, dtype: torch.dtype) -> Find:
-    """Search in the embeddings that a folder keeps; those that are missing are made first."""
-    check_writable(folder, folder=True)
+def kept_fingerprint(embedder: Embedder, source: Path, folder: Path) -> str:
+    """`fingerprint`, which reads all weights: a folder keeps it while the checkpoint stays as it is."""
+    weights = read_embedding_settings(source)["transformer"]
+    files = [*source.glob("*"), *weights.glob("*")]
+    if (weights / "adapter_config.json").exists():
+        files += locate(adapter_base(weights)).glob("*")
+    how = f"{embedder.decoder.config}{embedder.describe()}{embedder.tokenizer.to_str()}"
+    kept = folder / f"model-{state_digest(sorted(files), how)}.txt"
+    if not kept.exists():
+        write_atomic(kept, fingerprint(embedder))
+    return kept.read_text()
+
+
+def dense_search(
+    embedder: Embedder, corpus: Corpus, folder: Path, dtype: torch.dtype, digest: str | None = None
+) -> Find:
+    """Search in the embeddings that a folder keeps; those that are missing are made first.
+
+    digest: the embedder's `fingerprint`, where it is known.
+    """
     total, step, name = len(corpus), yardstick.DOCUMENT_BLOCK, corpus.name
     # `dense_hits` fills the store; the query is there for nothing else.
     dataset = RetrievalDataset(name, "", Path(name), {"query": "query"}, {}, documents=corpus)
-    store = EmbeddingStore(folder, embedder, dataset, dtype)
+    store = EmbeddingStore(folder, embedder, dataset, dtype, digest)
     blocks = [(start, min(start + step, total)) for start in range(0, total, step)]
     if not all(store.holds(*block) for block in blocks):
         yardstick.dense_hits(embedder, dataset, 1, document_block=step, store=store)
@@ -81,7 +104,8 @@ def dense_search(embedder: Embedder, corpus: Corpus, folder: Path, dtype: torch.
         query = embedder.encode([question], "query")  # (1, C)
         best = yardstick.search(query, query[:0], k)  # nothing yet
         for (start, _), block in zip(blocks, embeddings, strict=True):
-            best = yardstick.search(query, block, k, offset=start, best=best)
+            # Small tiles: one query is a stream through the processor's caches.
+            best = yardstick.search(query, block, k, document_tile=2048, offset=start, best=best)
         scores, indices = best
         return yardstick.Hits(scores.cpu().numpy(), indices.cpu().numpy(), corpus.ids)
 
@@ -196,13 +220,17 @@ def search(args: argparse.Namespace) -> None:
         raise InputError("--explain ANSWER needs its question on the command line")
     settings = None if args.explain is None else read_run(args.model)
     k = args.k or (settings.candidates if settings else 10)
-    corpus = open_corpus(args.corpus)
     if args.model == "bm25":
+        corpus = open_corpus(args.corpus)
         find = bm25_search(corpus)
     else:
-        embedder = load_embedder(args.model, args.device, args.dtype, args.max_length)
         folder = Path(args.embeddings or cache_folder() / "embeddings")
-        find = dense_search(embedder, corpus, folder, STORED[args.embeddings_dtype])
+        check_writable(folder, folder=True)
+        corpus = open_corpus(args.corpus, index=folder)
+        source = locate(args.model)
+        embedder = load_embedder(source, args.device, args.dtype, args.max_length)
+        digest = kept_fingerprint(embedder, source, folder)
+        find = dense_search(embedder, corpus, folder, STORED[args.embeddings_dtype], digest)
     for question in questions(args.question):
         found = best_documents(find, corpus, question, k)
         summary = explain(args, settings, question, found) if settings else {}
