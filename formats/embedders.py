@@ -17,14 +17,7 @@ from support.launch import pick_device, pick_dtype
 from support.runs import locate
 
 # sentence-transformers' names; only the last is read
-POOLINGS = (
-    "cls_token",
-    "max_tokens",
-    "mean_tokens",
-    "mean_sqrt_len_tokens",
-    "weightedmean_tokens",
-    "lasttoken",
-)
+POOLINGS = "cls_token max_tokens mean_tokens mean_sqrt_len_tokens weightedmean_tokens lasttoken".split()
 
 
 def load_embedder(

@@ -33,6 +33,12 @@ RUN_FILES = (
 )
 
 
+def read_run(folder: Path, *names: str) -> list[dict]:
+    """A run's JSON files by name, without their suffix; {} for one that is not there. Raises InputError."""
+    files = [folder / f"{name}.json" for name in names]
+    return [read_json(file) if file.exists() else {} for file in files]
+
+
 def resolve_run(folder: str | Path) -> Path:
     """A run's folder stands for its best checkpoint, other folders for themselves."""
     folder = Path(folder)

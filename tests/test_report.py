@@ -392,5 +392,5 @@ def test_wrong_input_is_one_line_and_exit_status_2(run, tmp_path, capsys):
 
 
 def test_ctrl_c(run, monkeypatch, capsys):
-    monkeypatch.setattr("tools.report.read_run", lambda folder: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("tools.report.collect", lambda folder: (_ for _ in ()).throw(KeyboardInterrupt))
     assert main([str(run)]) == 130 and capsys.readouterr().err == "report: interrupted\n"

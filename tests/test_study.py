@@ -188,6 +188,26 @@ def test_tables_of_what_is_there(toy):
     assert re.search(r"\| Second one +\| 0, 2 missing \| +– \|", page) and "0.3350" in page
 
 
+def test_results_of_runs_that_are_not_here_stay(toy, capsys):
+    """As in a fresh clone: --tables and new runs leave what is committed alone."""
+    assert toy() == 0
+    committed = {path: path.read_bytes() for path in toy.folder.glob("*") if path.suffix in (".md", ".svg")}
+    committed[toy.folder / "results.json"] = (toy.folder / "results.json").read_bytes()
+    toy.out.rename(toy.folder / "elsewhere")
+    capsys.readouterr()
+    for flags in (["--tables"], ["--only", "first"]):
+        assert toy(*flags) == 0
+        (told,) = [line for line in capsys.readouterr().out.splitlines() if "left alone" in line]
+        assert "results.json: left alone" in told and told.endswith(f"results go to {toy.out}")
+        assert all(path.read_bytes() == content for path, content in committed.items())
+    states = json.loads((toy.out / "results.json").read_text())["runs"][0]["seeds"]
+    assert [own["state"] for own in states.values()] == ["finished", "finished"]
+    assert toy() == 0
+    capsys.readouterr()
+    assert toy() == 0  # now all runs are here
+    assert "left alone" not in capsys.readouterr().out
+
+
 def test_a_dry_run_writes_nothing(toy, capsys):
     assert toy("--dry-run") == 0
     assert toy.calls() == [] and not toy.out.exists() and not (toy.folder / "results.json").exists()

@@ -26,10 +26,10 @@ from torch import nn
 import model
 from formats.embedders import adapter_base, load_embedder, read_embedding_settings, save_embedder
 from model import Decoder, lora_layers
-from support.files import InputError, read_json, write_atomic
+from support.files import InputError, write_atomic
 from support.hub import HUB_NAME
 from support.launch import ArgumentParser, run_command
-from support.runs import locate, resolve_run
+from support.runs import locate, read_run, resolve_run
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LIBRARIES = {"merged": "transformers", "adapter": "peft", "sentence-transformers": "sentence-transformers"}
@@ -109,15 +109,13 @@ def public_name(name: str) -> str:
     return f"{cached[1]}/{cached[2]}" if cached else Path(name).name
 
 
-def read_run(checkpoint: Path) -> tuple[dict, dict, dict]:
+def run_of(checkpoint: Path) -> tuple[dict, dict, dict]:
     """The settings, heads and results of the run that a checkpoint belongs to; empty where unknown."""
     run = checkpoint.parent
-    known: dict[str, dict] = {"settings": {}, "heads": {}, "results": {}}
-    if (run / "checkpoints.json").exists() and checkpoint.name.startswith("step-"):
-        known = {n: read_json(run / f"{n}.json") if (run / f"{n}.json").exists() else {} for n in known}
-        if resolve_run(run) != checkpoint:  # the results are those of the best one
-            known["results"] = {}
-    return known["settings"], known["heads"], known["results"]
+    if not (run / "checkpoints.json").exists() or not checkpoint.name.startswith("step-"):
+        return {}, {}, {}
+    settings, heads, results = read_run(run, "settings", "heads", "results")
+    return settings, heads, results if resolve_run(run) == checkpoint else {}  # those of the best one
 
 
 @contextmanager
@@ -149,7 +147,7 @@ def shown(value: object) -> str:
 
 def model_card(embedder: model.Embedder, checkpoint: Path, base: str, kind: str, name: str) -> str:
     """README.md: the hub's front matter, then how the retriever is used and what is known of its training."""
-    (settings, heads, results), run = read_run(checkpoint), checkpoint.parent
+    (settings, heads, results), run = run_of(checkpoint), checkpoint.parent
     task = "feature-extraction" if kind == "merged" else "sentence-similarity"
     front = ["---", f"library_name: {LIBRARIES[kind]}", f"pipeline_tag: {task}", "tags:", "- dense-retrieval"]
     with as_written(run / "settings.json"):

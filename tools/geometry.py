@@ -26,9 +26,7 @@ from support.flags import limited
 from support.launch import ArgumentParser, pick_device, pick_dtype, run_command
 from support.runs import DEFAULT_MODEL
 
-GEOMETRY_PAIRS = 5000  # sampled from a dataset for --geometry
-
-
+GEOMETRY_PAIRS = 5000  # sampled from a dataset
 COSINE_EDGES = np.arange(-20, 21) / 20  # of its histograms' bins: the same for all, to be compared
 
 

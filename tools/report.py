@@ -27,10 +27,10 @@ from formats.catalogue import expand_names, resolve_datasets
 from formats.embedders import load_embedder
 from formats.results import average
 from formats.templates import TEMPLATES
-from support.files import InputError, check_writable, read_json, write_atomic
+from support.files import InputError, check_writable, write_atomic
 from support.flags import limited, sections
 from support.launch import ArgumentParser, run_command
-from support.runs import RUN_FILES
+from support.runs import RUN_FILES, read_run
 from tools import figures
 from tools.export import public_name, table
 
@@ -86,12 +86,11 @@ Args = argparse.Namespace
 UNGIVEN = ("num_heads", "judge_context", "judge_lr")  # 0 there: not given
 
 
-def read_run(folder: Path) -> Run:
+def collect(folder: Path) -> Run:
     """What a run has written so far. Raises InputError."""
     if not any((folder / name).is_file() for name in RUN_FILES):
         raise InputError(f"{folder}: is no run of dream.py train (none of {', '.join(RUN_FILES)})")
-    files = [folder / f"{name}.json" for name in ("settings", "heads", "results", "checkpoints")]
-    contents = [read_json(file) if file.exists() else {} for file in files]
+    contents = read_run(folder, "settings", "heads", "results", "checkpoints")
     path = folder / "metrics.jsonl"
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []  # a kill may leave half a line
     records = [json.loads(line) for line in lines]
@@ -312,7 +311,7 @@ def report(args: Args) -> None:
     if out.suffix != ".html":
         raise InputError(f"--out {out}: must end in .html")
     try:
-        run = read_run(Path(args.run))
+        run = collect(Path(args.run))
         check_writable(out)
         blocks = list(opening(run))
         for section in (results, curves, heads, queries, speed, settings):
@@ -326,12 +325,8 @@ def report(args: Args) -> None:
     for name, _, svg in (block for block in blocks if isinstance(block, Figure)):
         write_atomic(out.with_suffix("") / f"{name}.svg", svg)
     write_atomic(out.with_suffix(".md"), "\n\n".join(markdown(block, out.stem) for block in blocks) + "\n")
-    page = [
-        HEAD.replace("NAME", escape(plain(run.folder.resolve().name))),
-        *map(html, blocks),
-        "</main></body></html>\n",
-    ]
-    write_atomic(out, "\n".join(page))
+    head = HEAD.replace("NAME", escape(plain(run.folder.resolve().name)))
+    write_atomic(out, "\n".join([head, *map(html, blocks), "</main></body></html>\n"]))
     print(f"written: {out}, {out.with_suffix('.md')}")
 
 

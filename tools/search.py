@@ -83,13 +83,8 @@ def kept_fingerprint(embedder: Embedder, source: Path, folder: Path) -> str:
     return kept.read_text()
 
 
-def dense_search(
-    embedder: Embedder, corpus: Corpus, folder: Path, dtype: torch.dtype, digest: str | None = None
-) -> Find:
-    """Search in the embeddings that a folder keeps; those that are missing are made first.
-
-    digest: the embedder's `fingerprint`, where it is known.
-    """
+def dense_search(embedder: Embedder, corpus: Corpus, folder: Path, dtype: torch.dtype, digest: str) -> Find:
+    """Search in the embeddings that a folder keeps; those that are missing are made first."""
     total, step, name = len(corpus), yardstick.DOCUMENT_BLOCK, corpus.name
     # `dense_hits` fills the store; the query is there for nothing else.
     dataset = RetrievalDataset(name, "", Path(name), {"query": "query"}, {}, documents=corpus)
@@ -131,7 +126,7 @@ def best_documents(find: Find, corpus: Corpus, question: str, k: int) -> list[di
     ]
 
 
-def read_run(model: str) -> Settings:
+def judged_settings(model: str) -> Settings:
     """The settings of the run that --model is, or is a checkpoint of. Raises InputError."""
     run = Path(model) if (Path(model) / "checkpoints.json").exists() else Path(model).parent
     if not all((run / f"{name}.json").is_file() for name in ("checkpoints", "settings", "heads")):
@@ -218,7 +213,7 @@ def search(args: argparse.Namespace) -> None:
         raise InputError("the question is empty")
     if args.explain and args.question is None:
         raise InputError("--explain ANSWER needs its question on the command line")
-    settings = None if args.explain is None else read_run(args.model)
+    settings = None if args.explain is None else judged_settings(args.model)
     k = args.k or (settings.candidates if settings else 10)
     if args.model == "bm25":
         corpus = open_corpus(args.corpus)

@@ -18,7 +18,8 @@ Run it from the project's root. The study file is one JSON object:
 
 In flags and commands, {out} is the output folder and {here} the study file's. Each run and seed trains in its
 own process and folder. Finished runs are skipped unless their flags have changed, interrupted ones go on, and
-a failure stops no other run. Tables and figures (tools/compare.py) are written after every run.
+a failure stops no other run. Tables and figures (tools/compare.py) are written after every run, beside the
+study file; where results of runs are there that this folder does not have, into the output folder.
 """
 
 import argparse
@@ -225,6 +226,18 @@ class Study:
                 if status or not made.exists():
                     raise InputError(f"{made}: not made, exit status {status}")
 
+    def protect(self) -> None:
+        """Results of runs that were never here, as in a fresh clone, stay; ours go to the output folder."""
+        path = self.results / "results.json"
+        entries = read_json(path).get("runs", []) if path.exists() else []
+        done = {
+            (e["name"], s) for e in entries for s, own in e["seeds"].items() if own["state"] == "finished"
+        }
+        runs = [run for own in self.runs.values() for run in own if (run.name, str(run.seed)) in done]
+        if absent := [run for run in runs if not run.read(".json")]:
+            self.results = self.out
+            print(f"{path}: left alone, {len(absent)} of its runs are not here; results go to {self.out}")
+
     def train(self, todo: list[Run], jobs: int) -> None:
         """Train, `jobs` runs at once, and write the results after each of them."""
         given = os.environ.get("OMP_NUM_THREADS", "")
@@ -297,6 +310,7 @@ def run_study(args: argparse.Namespace) -> int:
         for run in todo:
             print(f"{run}: {run.state()}\n  python {shlex.join(run.command()[1:])}")
         return 0
+    study.protect()
     if args.tables:
         print(study.write())
         return 0
