@@ -177,15 +177,8 @@ def one_ahead(items: Iterable) -> Iterator:
 
 def code_version() -> str | None:
     """The commit of this code, with -dirty where it was changed since; None outside a git checkout."""
-    command = [
-        "git",
-        "-C",
-        str(Path(__file__).parent.parent),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=40",
-    ]
+    root = str(Path(__file__).parent.parent)
+    command = ["git", "-C", root, "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
