@@ -47,7 +47,7 @@ from torch import Tensor
 
 # Stands in for log 0: exp(-1e4) is exactly 0 in every float type, and unlike -inf it has no NaN gradients.
 LOG_ZERO = -1e4
-SHORT = 512  # keys; up to here a CPU attends faster without the fused kernel
+SHORT = 512  # keys; up to here a CPU trains faster without the fused kernel
 Heads = list[tuple[int, int]]  # (layer, query head)
 
 
@@ -107,7 +107,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) ->
     bool, which keys a row sees; None is plain causal attention with T = S. Rows padded on the right need no
     mask then: pads come last, so no real row sees them. Returns (B, Hq, T, D) in q's dtype.
     """
-    if q.device.type == "cpu" and k.shape[2] <= SHORT:
+    if q.device.type == "cpu" and torch.is_grad_enabled() and k.shape[2] <= SHORT:
         return _short_attention(q, k, v, visible)
     return _causal_attention(q, k, v) if visible is None else _masked_attention(q, k, v, visible)
 
@@ -163,17 +163,17 @@ def document_logsumexp(logits: Tensor, documents: Tensor, num_documents: int) ->
 
 
 def _short_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
-    """Either kind as three plain products, (B, Hq, T, D): the fused kernel's backward is five times slower
-    on a CPU where texts are short. The heads of a group are rows of one."""
+    """Either kind as plain products with a graph, (B, Hq, T, D): on a CPU the fused kernel's backward is
+    slower where texts are short, three times at 70 tokens. The heads of a group are rows of one."""
     batch, num_heads, num_rows, dim = q.shape
     kv_heads, num_keys = k.shape[1:3]
     if visible is None:
         visible = torch.ones(1, num_rows, num_keys, dtype=torch.bool).tril()
-    mask = torch.zeros(1, dtype=q.dtype).masked_fill(~visible, -torch.inf)[:, None, None]  # (B, 1, 1, T, S)
+    mask = exact(q.new_zeros(1)).masked_fill(~visible, -torch.inf)[:, None, None]  # (B, 1, 1, T, S)
     mask = mask.expand(batch, kv_heads, num_heads // kv_heads, -1, -1)
-    q, k, v = q.reshape(batch * kv_heads, -1, dim), k.flatten(0, 1), v.flatten(0, 1)
+    q, k, v = exact(q.reshape(batch * kv_heads, -1, dim)), exact(k.flatten(0, 1)), v.flatten(0, 1)
     logits = torch.baddbmm(mask.reshape(*q.shape[:2], num_keys), q, k.transpose(1, 2), alpha=dim**-0.5)
-    return (logits.softmax(-1) @ v).view(batch, num_heads, num_rows, dim)
+    return (logits.softmax(-1).to(v.dtype) @ v).view(batch, num_heads, num_rows, -1)
 
 
 def _causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
