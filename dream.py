@@ -60,7 +60,7 @@ from data import (
     to_device,
     token_batches,
 )
-from eval import bm25_hits, evaluate_embedder, evaluate_hits
+from eval import bm25_hits, encode, evaluate_embedder, evaluate_hits
 from formats.catalogue import expand_names, resolve_dataset, resolve_datasets
 from formats.checkpoints import Checkpoint, load_tokenizer, make_builder
 from formats.datasets import RetrievalDataset
@@ -74,6 +74,7 @@ from formats.embedders import (
 )
 from formats.templates import read_template
 from model import PROJECTIONS, CausalLM, Embedder, add_lora, learns, target_loss
+from related.aside import candidate_scores, effective_candidates, fit_temperature, split_rows
 from related.infonce import InfoNCE
 from related.qrhead import Reader, read_heads, select_heads
 from related.replug import Replug
@@ -96,6 +97,7 @@ GROUP_TOKENS = {"cpu": 1024, "cuda": 4096}
 class Dream(Objective):
     """The target's loss when the scores decide which documents the judge's heads read; see attention.py."""
 
+    temperature = 0.0  # fitted before the first step
     judge_may_learn = True
     heads: dict[int, Tensor]
 
@@ -169,7 +171,9 @@ class Settings:
     document_mass: str = flag("keep", "full: documents get all attention", choices=("keep", "full"))
     objective: str = flag("dream", "what teaches the retriever", "the objective", choices=tuple(OBJECTIVES))
     temperature: float = flag(
-        0.0, "tau of softmax(cosine / tau) (default: 0.05; replug 0.1, revela 0.0001)", above=True
+        0.0,
+        "tau of softmax(cosine / tau) (default: fitted; infonce 0.05, replug 0.1, revela 0.0001)",
+        above=True,
     )
     in_batch_negatives: bool = flag(False, "infonce: other queries' documents count as well")
     judge_temperature: float = flag(0.1, "replug: beta of softmax(log p / beta)", above=True)
@@ -302,8 +306,7 @@ def training_step(
         (loss / len(batch.indices)).backward()
         with torch.no_grad():
             stats["loss"] += loss
-            entropy = -(log_weights.exp() * log_weights.masked_fill(~present, 0.0)).sum(-1)  # (B,)
-            stats["effective_candidates"] += entropy.exp().sum()
+            stats["effective_candidates"] += effective_candidates(log_weights, present).sum()
             stats["positive_weight"] += log_weights[positives[:, 0], positives[:, 1]].exp().sum()
         stats["labelled"] += len(piece.positives)
     texts.backward()
@@ -466,20 +469,6 @@ def make_reader(settings: Settings, judge: CausalLM, builder: PromptBuilder, dev
     return reader
 
 
-def split_rows(settings: Settings) -> tuple[Rows, list[Row], list[int]]:
-    """The rows; those that choose the heads, which are never trained on; the others' numbers."""
-    path, documents_only = settings.train, OBJECTIVES[settings.objective].documents_only
-    rows = Rows(path, settings.candidates, documents_only)
-    begun_with = settings.rows_fingerprint or rows.fingerprint
-    if settings.resume and not settings.change_settings and rows.fingerprint != begun_with:
-        raise InputError(f"{path}: has changed since the run began; --change-settings goes on with it")
-    order = shuffled(len(rows), settings.seed)
-    aside = min(settings.head_examples, len(rows) // 10)
-    if not aside:
-        raise InputError(f"{path}: {len(rows)} rows are too few, at least 10 are needed")
-    return rows, [rows[i] for i in order[:aside]], sorted(order[aside:])
-
-
 def make_optimizer(parameters: dict[str, torch.nn.Parameter], settings: Settings) -> torch.optim.AdamW:
     """AdamW; the retriever's parameters first, then those of a judge that learns."""
     peaks = {False: settings.lr, True: settings.judge_lr or settings.lr}
@@ -533,7 +522,10 @@ def fit(
     resume = runs.last_checkpoint(out, bool(settings.resume), settings.overwrite)
     if resume:
         runs.check_tests(out, [dataset.name for dataset in tests])
-    rows, aside, usable = split_rows(settings)
+    rows = Rows(settings.train, settings.candidates, OBJECTIVES[settings.objective].documents_only)
+    if not settings.change_settings and settings.rows_fingerprint not in ("", rows.fingerprint):
+        raise InputError(f"{rows.path}: has changed since the run began; --change-settings goes on with it")
+    aside, usable = split_rows(rows, settings.head_examples, settings.seed)
     dev = resolve_dataset(settings.dev, settings.dev_split, "--dev") if settings.dev else None
     if not resume:
         settings = dataclasses.replace(settings, **as_saved(locate(settings.retriever), vars(settings)))
@@ -541,6 +533,9 @@ def fit(
     objective = build_objective(settings, models, device)
     print(f"{settings.train}: {len(rows):,} rows; {rows.skipped:,} left out that have a single candidate")
     objective.check(rows, usable)
+    if not settings.temperature:
+        fitted = fit_temperature(candidate_scores(aside[:128], partial(encode, models.retriever)))
+        settings = dataclasses.replace(settings, temperature=launch.agree(fitted))
     if not resume:
         begin(settings, objective, aside, models, tests)
     objective.use(out / "heads.json")
@@ -661,6 +656,8 @@ def parse_arguments(argv: list[str] | None) -> Settings:
         settings = resumed(Path(run), Settings, given, ("resume", "device", "change_settings")) | {"out": run}
     elif "train" not in given:
         settings = demo_settings()
+        if own := OBJECTIVES[given.get("objective", "dream")].temperature:  # the demo's is DREAM's
+            settings["temperature"] = own
     return complete(Settings(**settings | given), parser.error)
 
 

@@ -101,6 +101,14 @@ def join_processes() -> tuple[int, int]:
     return torch.distributed.get_rank(), processes
 
 
+def agree(value: float) -> float:
+    """The first process's number, in every process."""
+    number = torch.tensor(value, dtype=torch.float64)
+    if join_processes()[1] > 1:
+        torch.distributed.broadcast(number, src=0)
+    return number.item()
+
+
 def one_process(name: str) -> None:
     """Refuse torchrun, for a command whose processes would all do the same work. Raises InputError."""
     if os.environ.get("WORLD_SIZE", "1") != "1":

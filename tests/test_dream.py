@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import shutil
 
 import pytest
@@ -198,10 +199,35 @@ def assert_same_run(out, whole):
 
 
 def test_resumed_run_equals_an_uninterrupted_one(whole, tmp_path, monkeypatch):
-    """Stopped after step 4 of 6 and resumed."""
+    """Stopped after step 4 of 6 and resumed, with the temperature that was fitted at its beginning."""
     stopped_after_step_4(whole[1], tmp_path / "run", monkeypatch)
+    monkeypatch.setattr(dream, "fit_temperature", lambda scores: pytest.fail("is fitted again"))
     assert dream.main(["train", "--resume", str(tmp_path / "run")]) == 0
     assert_same_run(tmp_path / "run", whole[0])
+
+
+def test_the_temperature_is_fitted_unless_it_is_given(command, tmp_path, capsys):
+    for flags, fitted in ((["--temperature", "0.3"], False), ([], True)):
+        run = tmp_path / f"fitted-{fitted}"
+        assert dream.main([*command, *flags, "--steps", "1", "--out", str(run)]) == 0
+        told = re.search(
+            r"^temperature (\S+), fitted: (\S+) of \S+ candidates", capsys.readouterr().out, re.M
+        )
+        assert bool(told) == fitted
+        temperature = json.loads((run / "settings.json").read_text())["temperature"]
+        assert temperature == (float(told[1]) if told else 0.3)
+
+
+def test_the_demo_and_the_other_objectives_have_temperatures_of_their_own():
+    """The demo's results were made with it; `replug` on the demo's rows keeps what was published."""
+    given = {"": 0.05, "dream": 0.05, "infonce": 0.05, "replug": 0.1, "revela": 1e-4}
+    for name, temperature in given.items():
+        flags = ["train", *(["--objective", name] if name else [])]
+        assert dream.parse_arguments(flags).temperature == temperature
+        assert dream.parse_arguments([*flags, "--temperature", "0.7"]).temperature == 0.7
+        rows = "--train rows.jsonl --judge x --retriever x --out o".split()
+        own = 0.0 if name in ("", "dream") else temperature  # 0: to be fitted
+        assert dream.parse_arguments([*flags, *rows]).temperature == own
 
 
 OLD = {"command": "train", "refresh_candidates": None, "isolate_documents": True, "resume": None}

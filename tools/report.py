@@ -255,7 +255,7 @@ def settings(run: Run, args: Args) -> Blocks:
     """Grouped as in --help; marked are those that are not the default."""
     names = run.settings.keys() - {"resume", "change_settings", "overwrite"}  # of a call
     defaults, objective = vars(Settings()), run.settings.get("objective", "dream")
-    defaults["temperature"] = OBJECTIVES[objective].temperature
+    defaults["temperature"] = OBJECTIVES[objective].temperature or run.settings.get("temperature")  # fitted
     for group, flags in sections(Settings).items():
         shown = Table(group.capitalize(), ["setting", "value"], [], 2, [])
         for name in (name for name in flags if name in names):
