@@ -124,9 +124,7 @@ class Rows:
                 continue
             relevant, others = value[positives], value.get(negatives) or []
             if not isinstance(relevant, list) or not relevant or not isinstance(others, list):
-                raise InputError(
-                    f"{where}: {positives!r} and {negatives!r} must be lists, the first not empty"
-                )
+                raise InputError(f"{where}: {positives!r} and {negatives!r} must be lists, the first filled")
             return [relevant[0], *others], 0
         given, positive = value.get("documents"), value.get("positive")
         if not isinstance(given, list) or not given:
@@ -380,6 +378,7 @@ class Objective(ABC):
     judge_may_learn = False
     judge_learns = False  # whatever the user says
     documents_only = False  # rows need no query and no target
+    flags = ""  # those that only some objectives read, and this one does
     one_hot = False  # the weights are meant to be: no warning about the temperature
     together: int  # groups in a piece
 

@@ -66,6 +66,7 @@ from formats.checkpoints import Checkpoint, load_tokenizer, make_builder
 from formats.datasets import RetrievalDataset
 from formats.embedders import (
     as_saved,
+    hidden_size,
     load_adapter,
     load_embedder,
     read_embedding_settings,
@@ -74,16 +75,16 @@ from formats.embedders import (
 )
 from formats.templates import read_template
 from model import PROJECTIONS, CausalLM, Embedder, add_lora, learns, target_loss
-from related.aside import candidate_scores, effective_candidates, fit_temperature, split_rows
+from related.aside import effective_candidates, fit_temperature, score_aside, split_rows
 from related.infonce import InfoNCE
 from related.qrhead import Reader, read_heads, select_heads
 from related.replug import Replug
 from related.revela import Revela
 from support import launch, runs
 from support.files import InputError, read_json, write_atomic
-from support.flags import add_flags, flag, read_settings, resumed
+from support.flags import add_flags, counting, flag, read_settings, resumed, write_settings
 from support.runs import COUNTS, Log, locate, resolve_run
-from support.show import print_settings, print_training, progress, warn_about_temperature
+from support.show import print_next, print_settings, print_training, progress, warn_about_temperature
 
 DEMO = Path(__file__).resolve().parent / "demo"
 
@@ -98,6 +99,8 @@ class Dream(Objective):
     """The target's loss when the scores decide which documents the judge's heads read; see attention.py."""
 
     temperature = 0.0  # fitted before the first step
+    flags = "judge judge_template judge_context max_target judge_batch judge_lora judge_lr "
+    flags += "heads num_heads detect_rows calibrate inject_rows document_mass"
     judge_may_learn = True
     heads: dict[int, Tensor]
 
@@ -170,11 +173,7 @@ class Settings:
     inject_rows: str = flag("target", "suffix: the query's rows too", choices=("target", "suffix"))
     document_mass: str = flag("keep", "full: documents get all attention", choices=("keep", "full"))
     objective: str = flag("dream", "what teaches the retriever", "the objective", choices=tuple(OBJECTIVES))
-    temperature: float = flag(
-        0.0,
-        "tau of softmax(cosine / tau) (default: fitted; infonce 0.05, replug 0.1, revela 0.0001)",
-        above=True,
-    )
+    temperature: float = flag(0.0, "tau of softmax(cosine / tau) (default: fitted, or published)", above=True)
     in_batch_negatives: bool = flag(False, "infonce: other queries' documents count as well")
     judge_temperature: float = flag(0.1, "replug: beta of softmax(log p / beta)", above=True)
     target_likelihood: str = flag("mean", "replug: log p of a token, or of all", choices=("mean", "sum"))
@@ -329,13 +328,10 @@ def take_step(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     num_rows, dropout_seed = len(batch.indices), seed if settings.lora_dropout else None
     retriever.train()
-    try:
+    flags = f"--judge-batch ({settings.judge_batch}), --retriever-batch ({settings.retriever_batch})"
+    with launch.enough_memory(f"lower {flags} or --batch ({settings.batch})"):
         sizes = settings.temperature, settings.retriever_batch
         sums = training_step(retriever, objective, batch, *sizes, dropout_seed)
-    except torch.OutOfMemoryError as error:
-        flags = f"--judge-batch ({settings.judge_batch}), --retriever-batch ({settings.retriever_batch})"
-        told = f"out of memory: lower {flags} or --batch ({settings.batch}) ({error})"
-        raise InputError(told[:400]) from error
     if launch.join_processes()[1] > 1:
         sums = launch.add_up(sums, parameters)
     stats = {name: sums[name] / num_rows for name in ("loss", "effective_candidates")}
@@ -492,26 +488,22 @@ def train(settings: Settings) -> int:
     if settings.batch < processes:
         raise InputError(f"--batch {settings.batch}: {processes} processes need at least one query each")
     device = launch.pick_device(settings.device)
-    dtype, reason = launch.pick_dtype(settings.dtype, device)
-    if dtype == torch.float16:
+    if settings.dtype == "float16":
         raise InputError("--dtype float16: small gradients would vanish; train in bfloat16 or float32")
-    print_settings(dataclasses.asdict(settings), device, dtype, reason)
     tests = [d for name in expand_names(settings.test) for d in resolve_datasets(name, flag="--test")]
     out = Path(settings.out)
     with runs.run_lock(out) if rank == 0 else nullcontext():
-        if stopped := fit(settings, tests, device, dtype):
+        if stopped := fit(settings, tests, device):
             again = shlex.join(["python", "dream.py", "train", "--resume", settings.out])
             print(f"stopped by {stopped.name}; go on with: {again}")
             return 128 + stopped
         if processes > 1:
             torch.distributed.barrier()  # until the first process has saved
-        finish(out, tests, device, dtype)
+        finish(out, tests, device)
     return 0
 
 
-def fit(
-    settings: Settings, tests: list[RetrievalDataset], device: torch.device, dtype: torch.dtype
-) -> signal.Signals | None:
+def fit(settings: Settings, tests: list[RetrievalDataset], device: torch.device) -> signal.Signals | None:
     """The training loop: score, inject, predict, backward, step; now and then evaluate and save.
 
     Of several processes (torchrun), each takes every so-manieth row of a step and the gradients are added up:
@@ -525,25 +517,33 @@ def fit(
     rows = Rows(settings.train, settings.candidates, OBJECTIVES[settings.objective].documents_only)
     if not settings.change_settings and settings.rows_fingerprint not in ("", rows.fingerprint):
         raise InputError(f"{rows.path}: has changed since the run began; --change-settings goes on with it")
-    aside, usable = split_rows(rows, settings.head_examples, settings.seed)
+    aside, usable = split_rows(rows, settings.head_examples, settings.seed, settings.batch)
     dev = resolve_dataset(settings.dev, settings.dev_split, "--dev") if settings.dev else None
     if not resume:
         settings = dataclasses.replace(settings, **as_saved(locate(settings.retriever), vars(settings)))
+    read = [settings.retriever, *[settings.judge] * OBJECTIVES[settings.objective].needs_judge]
+    width = 0 if settings.resume else max(map(hidden_size, read))
+    dtype, reason = launch.pick_dtype(settings.dtype, device, width)
+    settings = dataclasses.replace(settings, dtype=str(dtype).removeprefix("torch."))
     models = build_models(settings, device, dtype, resume)
     objective = build_objective(settings, models, device)
     print(f"{settings.train}: {len(rows):,} rows; {rows.skipped:,} left out that have a single candidate")
     objective.check(rows, usable)
+    others = {n for kind in OBJECTIVES.values() for n in kind.flags.split()} - {*objective.flags.split()}
+    print_settings(counting(settings, without=others), device, dtype, reason)
+    encoded = partial(encode, models.retriever)
     if not settings.temperature:
-        fitted = fit_temperature(candidate_scores(aside[:128], partial(encode, models.retriever)))
-        settings = dataclasses.replace(settings, temperature=launch.agree(fitted))
+        fitted = launch.agree(fit_temperature(aside[:128], encoded))
+        settings = dataclasses.replace(settings, temperature=fitted)
     if not resume:
         begin(settings, objective, aside, models, tests)
+    scored = partial(score_aside, aside, encoded, out / "results.json")
+    if not resume and dev is None and rank == 0:
+        scored("before training")
     objective.use(out / "heads.json")
     parameters = models.parameters()
     if rank == 0:
-        kept = {"rows": len(rows), "rows_fingerprint": rows.fingerprint, "resume": ""}
-        kept |= {"change_settings": False, "overwrite": False}
-        write_atomic(out / "settings.json", json.dumps(dataclasses.asdict(settings) | kept, indent=1) + "\n")
+        write_settings(out / "settings.json", settings, rows=len(rows), rows_fingerprint=rows.fingerprint)
         runs.check_space(out, sum(p.numel() for p in parameters.values()), settings.keep)
     if processes > 1:
         for parameter in parameters.values():
@@ -583,6 +583,8 @@ def fit(
                     bar.write(f"step {step + 1}: dev NDCG@10 {score:.4f}")
                 if not best or score > best["ndcg@10"]:
                     best = {"step": step + 1, "ndcg@10": score}
+            elif due and rank == 0:
+                log.write({"step": step + 1, "aside": scored(f"step {step + 1}")})
             if rank == 0 and (due or stopped):
                 log.sync()
                 write = partial(models.save, retriever=settings.retriever, judge=settings.judge)
@@ -617,20 +619,17 @@ def begin(
         write_atomic(out / "results.json", json.dumps(results, indent=1) + "\n")
 
 
-def finish(out: Path, tests: list[RetrievalDataset], device: torch.device, dtype: torch.dtype) -> None:
+def finish(out: Path, tests: list[RetrievalDataset], device: torch.device) -> None:
     """Score the checkpoint that eval.py would load, and print it beside BM25 and the untrained retriever."""
     if tests:
         results = read_json(out / "results.json")
-        embedder = load_embedder(out, device, dtype)
+        embedder = load_embedder(out, device, read_json(out / "settings.json")["dtype"])
         results["after"] = [evaluate_embedder(embedder, dataset, per_query=True) for dataset in tests]
         if launch.join_processes()[0]:
             return
         write_atomic(out / "results.json", json.dumps(results, indent=1) + "\n")
         print_training(results)
-    named = shlex.quote(str(out))
-    print(f"\ncheckpoint: {resolve_run(out)}")
-    print(f"next: python eval.py --model {named} --dataset scifact nfcorpus")
-    print(f"report: python -m tools.report {named}", flush=True)
+    print_next(out, resolve_run(out))
 
 
 # The command line

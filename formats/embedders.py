@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
-from formats.checkpoints import Checkpoint, broken, load_tokenizer, save_weights
+from formats.checkpoints import Checkpoint, broken, load_tokenizer, read_config, save_weights
 from model import PROJECTIONS, Decoder, Embedder, add_lora, lora_layers
 from support.files import InputError, inside, read_json, write_atomic
 from support.hub import HUB_NAME
@@ -36,21 +36,28 @@ def load_embedder(
     """
     folder = locate(name)
     device = pick_device(device)
-    dtype, _ = pick_dtype(dtype, device)
     settings = read_embedding_settings(folder)
     weights = settings.pop("transformer")
-    if (weights / "adapter_config.json").exists():
-        checkpoint = Checkpoint(locate(adapter_base(weights)), device, dtype)
-        decoder = checkpoint.decoder()
+    adapted = (weights / "adapter_config.json").exists()
+    base = locate(adapter_base(weights)) if adapted else weights
+    dtype, _ = pick_dtype(dtype, device, read_config(base / "config.json").hidden_size)
+    checkpoint = Checkpoint(base, device, dtype)
+    decoder = checkpoint.decoder()
+    if adapted:
         load_adapter(decoder, weights)
-    else:
-        checkpoint = Checkpoint(weights, device, dtype)
-        decoder = checkpoint.decoder()
     tokenizer_folder = weights if (weights / "tokenizer.json").exists() else checkpoint.folder
     tokenizer = load_tokenizer(tokenizer_folder, checkpoint.config)
     embedder = Embedder(decoder, tokenizer, max_length or settings["max_length"], settings["prompts"])
     embedder.append_eos = settings["append_eos"]  # the saved tokenizer adds it
     return embedder.eval()
+
+
+def hidden_size(name: str | Path) -> int:
+    """Of an embedder's or a language model's network, by its configuration alone. Raises InputError."""
+    folder = read_embedding_settings(locate(name, weights=False))["transformer"]
+    if (folder / "adapter_config.json").exists():
+        folder = locate(adapter_base(folder), weights=False)
+    return read_config(folder / "config.json").hidden_size
 
 
 def read_embedding_settings(folder: Path) -> dict:

@@ -21,6 +21,7 @@ from support.show import progress
 
 class InfoNCE(Objective):
     needs_judge = False
+    flags = "in_batch_negatives"
 
     def __init__(self, temperature: float, in_batch_negatives: bool = False, together: int = 1 << 30):
         self.tau, self.in_batch_negatives, self.together = temperature, in_batch_negatives, together

@@ -17,6 +17,7 @@ from model import CausalLM, target_loss
 
 
 class Replug(Objective):
+    flags = "judge judge_template judge_context max_target judge_batch judge_temperature target_likelihood kl"
     temperature = 0.1  # gamma; beta likewise, as in a public reproduction
 
     def __init__(

@@ -27,6 +27,7 @@ from support.files import InputError
 
 class Revela(Objective):
     temperature = 1e-4
+    flags = "judge judge_context judge_lr judge_batch group_size normalise_values"
     one_hot = True
     judge_may_learn = judge_learns = documents_only = True
 

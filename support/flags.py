@@ -11,12 +11,13 @@ A flag's type is its default's: bool, int, float, str, a list of str; None: a te
 
 import argparse
 import dataclasses
+import json
 import math
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from support.files import InputError, read_json
+from support.files import InputError, read_json, write_atomic
 
 
 def flag(
@@ -52,6 +53,16 @@ def flags_of(kind: type) -> dict[str, dataclasses.Field]:
 def default_of(field: dataclasses.Field) -> Any:
     made = field.default_factory
     return made() if made is not dataclasses.MISSING else field.default
+
+
+def counting(settings: Any, without: Collection[str] = ()) -> dict[str, Any]:
+    """The flags that count: without those named, and without what is empty, 0 or off, as it is by default."""
+    values = {name: (getattr(settings, name), field) for name, field in flags_of(type(settings)).items()}
+    return {
+        name: value
+        for name, (value, field) in values.items()
+        if name not in without and (value or value != default_of(field))
+    }
 
 
 def sections(kind: type) -> dict[str, list[str]]:
@@ -126,6 +137,12 @@ def read_settings(path: Path, kind: type) -> dict[str, Any]:
     if unknown:
         print(f"note: {path}: settings that mean nothing any more: {', '.join(unknown)}", flush=True)
     return settings
+
+
+def write_settings(path: Path, settings: Any, **more: Any) -> None:
+    """A run's settings.json, without what is said of a single call."""
+    more |= {"resume": "", "change_settings": False, "overwrite": False}
+    write_atomic(path, json.dumps(dataclasses.asdict(settings) | more, indent=1) + "\n")
 
 
 def resumed(run: Path, kind: type, given: dict[str, Any], free: Collection[str]) -> dict[str, Any]:

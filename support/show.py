@@ -1,7 +1,9 @@
 """What is printed for a person to read: tables, settings, the map of heads."""
 
+import shlex
 import sys
 import textwrap
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -49,7 +51,7 @@ def print_result(result: dict, names: str) -> None:
 
 
 def print_settings(settings: dict[str, Any], device: object, dtype: object, reason: str) -> None:
-    """All settings, on as few lines as they need."""
+    """Settings, on as few lines as they need."""
     pairs = [
         f"{name}={value!r}" if "\n" in str(value) else f"{name}={value}"
         for name, value in sorted(settings.items())
@@ -127,6 +129,14 @@ def print_training(results: dict[str, list[dict]]) -> None:
         for group, means in sorted(after.get("groups", {}).items()):
             own = [result["groups"][group]["ndcg@10"] for result in (bm25, before, after)]
             print(f"  {group:30}{means['queries']:8,}" + "".join(f"{figure:9.4f}" for figure in own))
+
+
+def print_next(out: Path, checkpoint: Path) -> None:
+    """What a finished training leaves, and what can be done with it."""
+    named = shlex.quote(str(out))
+    print(f"\ncheckpoint: {checkpoint}")
+    print(f"next: python eval.py --model {named} --dataset scifact nfcorpus")
+    print(f"report: python -m tools.report {named}", flush=True)
 
 
 def warn_about_temperature(effective: float, candidates: int, temperature: float) -> None:

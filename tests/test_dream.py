@@ -18,7 +18,7 @@ from data import collate, shuffled
 from formats.embedders import load_embedder
 from model import target_loss
 from related.qrhead import Reader
-from support import runs
+from support import launch, runs
 from support.launch import CPU
 
 TEMPERATURE = 0.3
@@ -204,6 +204,57 @@ def test_resumed_run_equals_an_uninterrupted_one(whole, tmp_path, monkeypatch):
     monkeypatch.setattr(dream, "fit_temperature", lambda scores: pytest.fail("is fitted again"))
     assert dream.main(["train", "--resume", str(tmp_path / "run")]) == 0
     assert_same_run(tmp_path / "run", whole[0])
+
+
+def test_without_dev_the_rows_set_aside_are_scored(command, tmp_path, capsys):
+    """Before, at every evaluation and at the end, while the last checkpoint stays the one that is used."""
+    run, at = tmp_path / "run", command.index("--dev")
+    assert dream.main([*command[:at], *command[at + 2 :], "--out", str(run)]) == 0
+    when = ["before training", "step 2", "step 4", "step 6"]
+    printed = re.findall(r"^(.*): the relevant document is first .* of 2 rows", capsys.readouterr().out, re.M)
+    results = json.loads((run / "results.json").read_text())
+    assert printed == list(results["aside"]) == when and results["after"]
+    logged = {f"step {line['step']}": line["aside"] for line in metrics(run) if "aside" in line}
+    assert logged == {name: results["aside"][name] for name in when[1:]}
+    assert json.loads((run / "checkpoints.json").read_text()) == {"last": "step-000006", "best": None}
+
+
+def test_the_input_is_read_before_the_settings_are_printed_and_only_those_that_count(
+    command, tmp_path, capsys
+):
+    for objective, own, others in (
+        ("dream", {"heads=top", "num_heads=2", "judge_batch=4"}, {"kl", "group_size"}),
+        ("infonce", {"objective=infonce"}, {"judge", "heads", "num_heads", "judge_template", "kl"}),
+        ("replug", {"kl=forward", "judge_batch=4"}, {"heads", "group_size", "inject_rows"}),
+    ):
+        run = tmp_path / objective
+        assert dream.main([*command, "--objective", objective, "--steps", "1", "--out", str(run)]) == 0
+        rows, _, rest = capsys.readouterr().out.partition(" left out that have a single candidate\n")
+        assert "candidates=8" not in rows
+        shown = rest.partition("device=cpu  dtype=float32")[0].split()
+        names = {word.partition("=")[0] for word in shown if "=" in word}
+        assert own <= {*shown} and not others & names
+        assert not names & {"resume", "seed", "weight_decay", "in_batch_negatives", "rows_fingerprint"}
+        assert json.loads((run / "settings.json").read_text())["dtype"] == "float32"
+
+
+def test_a_run_computes_in_the_dtype_that_it_began_with(command, tmp_path, monkeypatch):
+    """Chosen by itself, it stays the run's: another machine, or another hour, may choose another."""
+    monkeypatch.setattr(launch, "NARROW", 16)
+    monkeypatch.setattr(launch, "bfloat16_gain", lambda: 2.0)
+    assert dream.main([*command, "--steps", "1", "--out", str(tmp_path / "run")]) == 0
+    assert json.loads((tmp_path / "run" / "settings.json").read_text())["dtype"] == "bfloat16"
+    monkeypatch.setattr(launch, "bfloat16_gain", lambda: pytest.fail("is measured again"))
+    built, build = [], dream.build_models
+
+    def building(settings, device, dtype, resume):
+        built.append(dtype)
+        return build(settings, device, dtype, resume)
+
+    monkeypatch.setattr(dream, "build_models", building)
+    again = ["--resume", str(tmp_path / "run"), "--steps", "2", "--change-settings"]
+    assert dream.main(["train", *again]) == 0
+    assert built == [torch.bfloat16]
 
 
 def test_the_temperature_is_fitted_unless_it_is_given(command, tmp_path, capsys):

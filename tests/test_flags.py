@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from support import launch
 from support.files import InputError
 from support.flags import add_flags, flag, read_settings, resumed, sections
 from support.launch import CPU, ArgumentParser, pick_device, pick_dtype
@@ -151,8 +152,24 @@ def test_pick_device_and_dtype():
         pick_device("cpu").type == "cpu" and pick_device(CPU) is CPU and pick_device() == pick_device("auto")
     )
     assert pick_dtype("auto", CPU)[0] is pick_dtype(None, CPU)[0] is torch.float32
+    assert pick_dtype("auto", CPU, width=511)[0] is torch.float32  # not measured
     assert pick_dtype("bfloat16", CPU)[0] is pick_dtype(torch.bfloat16, CPU)[0] is torch.bfloat16
     with pytest.raises(InputError, match="--dtype int8"):
         pick_dtype("int8", CPU)
     with pytest.raises(InputError, match="--device nonsense"):
         pick_device("nonsense")
+
+
+@pytest.mark.parametrize("gain, dtype", [(2.24, torch.bfloat16), (1.4, torch.float32)])
+def test_a_cpu_finds_out_whether_bfloat16_is_faster(gain, dtype, monkeypatch):
+    """For real networks only: small ones, and what is asked for, stay as they are."""
+    monkeypatch.setattr(launch, "bfloat16_gain", lambda: gain)
+    assert pick_dtype("auto", CPU, 512) == (dtype, f"the CPU multiplies bfloat16 {gain:.1f}x as fast")
+    assert pick_dtype("float32", CPU, 4096)[0] is torch.float32
+    assert pick_dtype(None, CPU, 128)[0] is torch.float32
+
+
+def test_the_gain_is_a_ratio_that_leaves_the_threads_alone():
+    threads = torch.get_num_threads()
+    assert 1e-4 < launch.bfloat16_gain() < 1e4
+    assert torch.get_num_threads() == threads

@@ -12,9 +12,10 @@ import sys
 from data import Rows, check_prompts, shuffled
 from dream import Settings, complete, demo_settings, make_reader
 from formats.checkpoints import Checkpoint, make_builder
+from formats.embedders import hidden_size
 from related.qrhead import select_heads
 from support.files import check_writable, write_atomic
-from support.flags import add_flags
+from support.flags import add_flags, counting, flags_of
 from support.launch import ArgumentParser, one_process, pick_device, pick_dtype, run_command
 from support.runs import locate
 from support.show import print_settings
@@ -39,15 +40,14 @@ def choose(settings: Settings) -> None:
     one_process("heads")
     check_writable(settings.out)
     device = pick_device(settings.device)
-    dtype, reason = pick_dtype(settings.dtype, device)
-    shown = {name: value for name, value in vars(settings).items() if name in (*FLAGS, "out")}
-    print_settings(shown, device, dtype, reason)
     rows = Rows(settings.train, settings.candidates)
     aside = [rows[i] for i in shuffled(len(rows), settings.seed)[: settings.head_examples]]
+    dtype, reason = pick_dtype(settings.dtype, device, hidden_size(settings.judge))
     checkpoint = Checkpoint(locate(settings.judge), device, dtype)
     how = settings.judge_template, settings.judge_context, settings.max_target
     builder = make_builder(checkpoint.folder, *how)
     check_prompts(rows, builder)
+    print_settings(counting(settings, without=flags_of(Settings).keys() - {*FLAGS}), device, dtype, reason)
     reader = make_reader(settings, checkpoint.causal_lm(), builder, device)
     chosen = select_heads(reader, aside, settings.heads, settings.num_heads, settings.judge)
     write_atomic(settings.out, json.dumps(chosen) + "\n")
