@@ -157,7 +157,9 @@ def _assign(module: nn.Module, tensors: dict[str, Tensor], where: Path) -> None:
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     for name, shape in expected.items():
         if name not in tensors:
-            raise InputError(f"{where}: tensor {name} {shape} is missing")
+            biases = "; config.json says mlp_bias: true, set it to false if the network has none"
+            told = biases if ".mlp." in name and name.endswith(".bias") else ""
+            raise InputError(f"{where}: tensor {name} {shape} is missing{told}")
         if tuple(tensors[name].shape) != shape:
             raise InputError(
                 f"{where}: tensor {name} has shape {tuple(tensors[name].shape)}, config.json implies {shape}"

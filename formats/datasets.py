@@ -62,9 +62,9 @@ def load_dataset(
         if split == "all":
             splits = {split: [file for found in splits.values() for file in found]}
         if split not in splits and (part == "qrels" or len(splits) > 1):
-            raise InputError(
-                f"{path}: no {part} for split {split!r}; splits there: {', '.join(sorted(splits))}"
-            )
+            there = sorted(splits)
+            told = f"{', '.join(there)} (train: --dev-split {there[0]}, eval.py: --split {there[0]})"
+            raise InputError(f"{path}: no {part} for split {split!r}; splits there: {told}")
         found = splits.get(split) or next(iter(splits.values()))
         if not found:
             raise InputError(f"{path}: the card names files for {part} that are not there; fetch them again")

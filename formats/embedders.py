@@ -39,7 +39,7 @@ def load_embedder(
     settings = read_embedding_settings(folder)
     weights = settings.pop("transformer")
     adapted = (weights / "adapter_config.json").exists()
-    base = locate(adapter_base(weights)) if adapted else weights
+    base = base_folder(weights) if adapted else weights
     dtype, _ = pick_dtype(dtype, device, read_config(base / "config.json").hidden_size)
     checkpoint = Checkpoint(base, device, dtype)
     decoder = checkpoint.decoder()
@@ -56,7 +56,7 @@ def hidden_size(name: str | Path) -> int:
     """Of an embedder's or a language model's network, by its configuration alone. Raises InputError."""
     folder = read_embedding_settings(locate(name, weights=False))["transformer"]
     if (folder / "adapter_config.json").exists():
-        folder = locate(adapter_base(folder), weights=False)
+        folder = base_folder(folder, weights=False)
     return read_config(folder / "config.json").hidden_size
 
 
@@ -158,6 +158,15 @@ def adapter_base(folder: Path) -> str:
     if HUB_NAME.fullmatch(base) and config.get("revision") and not Path(base).is_dir():
         return f"{base}@{config['revision']}"
     return base
+
+
+def base_folder(folder: Path, weights: bool = True) -> Path:
+    """The folder of an adapter's base, fetched first where it is a hub's. Raises InputError."""
+    try:
+        return locate(adapter_base(folder), weights)
+    except InputError as error:
+        told = f"the adapter's base is not there: {error}; if it has moved, change base_model_name_or_path"
+        raise InputError(f"{folder / 'adapter_config.json'}: {told}") from error
 
 
 def load_adapter(decoder: Decoder, folder: Path) -> None:

@@ -232,7 +232,9 @@ class JsonLines:
         try:
             value = _parse_json(line.decode("utf-8-sig" if self.numbers[index] == 1 else "utf-8"))
         except (ValueError, RecursionError) as error:  # also covers UnicodeError
-            raise InputError(f"{self.where(index)}: not JSON in UTF-8 ({error})") from error
+            table = not line.lstrip().startswith((b"{", b"[")) and (b"," in line or b"\t" in line)
+            told = "; it looks like a table (CSV, TSV): write one JSON object a line" if table else ""
+            raise InputError(f"{self.where(index)}: not JSON in UTF-8 ({error}){told}") from error
         if not isinstance(value, dict):
             raise InputError(f"{self.where(index)}: expected a JSON object, found {type(value).__name__}")
         return value

@@ -148,7 +148,10 @@ def write_settings(path: Path, settings: Any, **more: Any) -> None:
 def resumed(run: Path, kind: type, given: dict[str, Any], free: Collection[str]) -> dict[str, Any]:
     """A run's own settings. Raises InputError where flags that are not `free` differ from them, unless
     --change-settings is given."""
-    settings = read_settings(run / "settings.json", kind)
+    if not (path := run / "settings.json").exists():
+        told = "nothing was saved there; begin again, without --resume, with the run's flags"
+        raise InputError(f"{path}: no such file: {told} and --out {run}")
+    settings = read_settings(path, kind)
     before = dataclasses.asdict(kind(**settings))
     changed = [
         f"--{name.replace('_', '-')} {value} (was {before[name]})"

@@ -8,6 +8,7 @@ OUT/step-N/           checkpoints, whole or not there    OUT/checkpoints.json  {
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -47,7 +48,8 @@ def resolve_run(folder: str | Path) -> Path:
         names = read_json(listing)
         return inside(folder, names.get("best") or names.get("last"), listing)
     if (folder / "settings.json").exists() and not (folder / "config.json").exists():
-        raise InputError(f"{folder}: this run has no checkpoint yet")
+        again = shlex.join(["python", "dream.py", "train", "--resume", str(folder)])
+        raise InputError(f"{folder}: this run has no checkpoint yet; go on with: {again}")
     return folder
 
 
@@ -113,7 +115,9 @@ class Interrupt:
 def last_checkpoint(out: Path, resume: bool, overwrite: bool) -> Path | None:
     """Where a resumed run goes on; None for one that begins. Raises InputError where a run is in the way."""
     listing = out / "checkpoints.json"
-    if not listing.exists():  # killed before its first checkpoint, a run begins anew
+    if not listing.exists():
+        if resume:
+            print(f"note: {out}: stopped before its first checkpoint, it begins anew", flush=True)
         return None
     if resume:
         return inside(out, read_json(listing).get("last"), listing)
