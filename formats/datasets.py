@@ -62,8 +62,8 @@ def load_dataset(
         if split == "all":
             splits = {split: [file for found in splits.values() for file in found]}
         if split not in splits and (part == "qrels" or len(splits) > 1):
-            there = sorted(splits)
-            told = f"{', '.join(there)} (train: --dev-split {there[0]}, eval.py: --split {there[0]})"
+            known = sorted(splits)
+            told = f"{', '.join(known)} (train: --dev-split {known[0]}, eval.py: --split {known[0]})"
             raise InputError(f"{path}: no {part} for split {split!r}; splits there: {told}")
         found = splits.get(split) or next(iter(splits.values()))
         if not found:
