@@ -61,7 +61,7 @@ def counting(settings: Any, without: Collection[str] = ()) -> dict[str, Any]:
     return {
         name: value
         for name, (value, field) in values.items()
-        if name not in without and (value or value != default_of(field))
+        if name not in without and (value or value not in ("", default_of(field)))
     }
 
 
