@@ -38,7 +38,7 @@ from torch import Tensor
 
 from formats.catalogue import GROUPS, check_names, members, read_datasets
 from formats.datasets import RetrievalDataset
-from formats.embedders import load_embedder
+from formats.embedders import hidden_size, load_embedder
 from formats.kept import STORED, EmbeddingStore, fingerprint
 from formats.results import MTEB_DROPS, Outputs, average
 from model import BATCH_TOKENS, Embedder
@@ -334,7 +334,7 @@ def open_model(name: str, folder: Path | None, settings: Settings) -> tuple[Embe
         told |= BM25([]).describe()
     else:
         device = launch.pick_device(settings.device)
-        dtype, reason = launch.pick_dtype(settings.dtype, device)
+        dtype, reason = launch.pick_dtype(settings.dtype, device, hidden_size(folder))
         embedder = load_embedder(folder, device, dtype, settings.max_length or None)
         prompts = {"query": settings.query_prompt, "document": settings.document_prompt}
         embedder.prompts |= {kind: text for kind, text in prompts.items() if text is not None}
