@@ -234,7 +234,14 @@ def test_the_input_is_read_before_the_settings_are_printed_and_only_those_that_c
         shown = rest.partition("device=cpu  dtype=float32")[0].split()
         names = {word.partition("=")[0] for word in shown if "=" in word}
         assert own <= {*shown} and not others & names
-        assert not names & {"resume", "seed", "weight_decay", "query_prompt", "in_batch_negatives", "rows_fingerprint"}
+        assert not names & {
+            "resume",
+            "seed",
+            "weight_decay",
+            "query_prompt",
+            "in_batch_negatives",
+            "rows_fingerprint",
+        }
         assert json.loads((run / "settings.json").read_text())["dtype"] == "float32"
 
 

@@ -95,7 +95,7 @@ def collect(folder: Path) -> Run:
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []  # a kill may leave half a line
     records = [json.loads(line) for line in lines]
     dev = {record["step"]: record["dev"]["ndcg@10"] for record in records if "dev" in record}
-    return Run(folder, [record for record in records if "time" in record], dev, *contents)
+    return Run(folder, [r for r in records if not ("dev" in r or "aside" in r)], dev, *contents)
 
 
 def plain(text: str) -> str:
