@@ -60,7 +60,7 @@ from data import (
     to_device,
     token_batches,
 )
-from eval import bm25_hits, encode, evaluate_embedder, evaluate_hits
+from eval import bm25_hits, evaluate_embedder, evaluate_hits
 from formats.catalogue import expand_names, resolve_dataset, resolve_datasets
 from formats.checkpoints import Checkpoint, load_tokenizer, make_builder
 from formats.datasets import RetrievalDataset
@@ -531,13 +531,13 @@ def fit(settings: Settings, tests: list[RetrievalDataset], device: torch.device)
     objective.check(rows, usable)
     others = {n for kind in OBJECTIVES.values() for n in kind.flags.split()} - {*objective.flags.split()}
     print_settings(counting(settings, without=others), device, dtype, reason)
-    encoded = partial(encode, models.retriever)
+    encode = models.retriever.encode
     if not settings.temperature:
-        fitted = launch.agree(fit_temperature(aside[:128], encoded))
+        fitted = launch.agree(fit_temperature(aside[:128], encode))
         settings = dataclasses.replace(settings, temperature=fitted)
     if not resume:
         begin(settings, objective, aside, models, tests)
-    scored = partial(score_aside, aside, encoded, out / "results.json")
+    scored = partial(score_aside, aside, encode, out / "results.json")
     if not resume and dev is None and rank == 0:
         scored("before training")
     objective.use(out / "heads.json")

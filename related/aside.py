@@ -56,7 +56,7 @@ def effective_candidates(log_weights: Tensor, present: Tensor) -> Tensor:
 def candidate_scores(rows: list[Row], encode: Callable[[list[str], str], Tensor]) -> Tensor:
     """Cosines of each row's query with its candidates, (R, N); -inf where there is none.
 
-    encode: texts and their kind to unit vectors, (texts, C), as eval.encode of a retriever.
+    encode: texts and their kind to unit vectors, (texts, C), as Embedder.encode.
     """
     queries = encode([row.query for row in rows], "query")  # (R, C)
     documents = encode([document.full_text for row in rows for document in row.documents], "document")
