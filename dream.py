@@ -166,10 +166,10 @@ class Settings:
     heads: str = flag(
         "top", "top, random, worst, all, or a file of tools.heads", "the heads (DREAM)", "WHICH"
     )
-    num_heads: int = flag(0, "how many (default: 16, at most a quarter of all)")
+    num_heads: int = flag(0, "how many (default: 32, at most a quarter of all)")
     head_examples: int = flag(128, "rows set aside to choose them")
     detect_rows: str = flag("target", "whose attention counts; QRHead: query", choices=("target", "query"))
-    calibrate: bool = flag(False, "QRHead's calibration: take off what the query N/A gets")
+    calibrate: bool = flag(True, "QRHead's calibration: take off what the query N/A gets")
     inject_rows: str = flag("target", "suffix: the query's rows too", choices=("target", "suffix"))
     document_mass: str = flag("keep", "full: documents get all attention", choices=("keep", "full"))
     objective: str = flag("dream", "what teaches the retriever", "the objective", choices=tuple(OBJECTIVES))

@@ -249,7 +249,7 @@ def select_heads(reader: Reader, rows: list[Row], which: str, num_heads: int, na
     config, template = reader.judge.config, reader.builder.template
     shape = (config.num_hidden_layers, config.num_attention_heads)
     total = math.prod(shape)
-    count = num_heads or max(1, min(16, total // 4))
+    count = num_heads or max(1, min(32, total // 4))
     if count > total:
         raise InputError(f"--num-heads {count}: the judge has {total} heads")
     saved: dict[str, Any] = {"judge": name, "template": template, "calibrate": reader.calibrate}
