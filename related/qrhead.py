@@ -80,24 +80,26 @@ def relevant_document(row: Row) -> tuple[int | None, str]:
     return (holders[0], "answer") if len(holders) == 1 else (None, "none")
 
 
-def attention_on_prefix(reader: Reader, prompts: list[Prompt], rows: str) -> tuple[Tensor, JudgeBatch]:
+@torch.no_grad()
+def read(reader: Reader, prompts: list[Prompt], rows: str) -> tuple[JudgeBatch, Cache]:
+    """The prompts, split as `collate` says, and their prefix: read once, whatever is then asked of it."""
+    batch = collate(prompts, reader.device, rows)
+    return batch, read_prefix(reader.judge, batch)
+
+
+@torch.no_grad()
+def attention_on_prefix(reader: Reader, batch: JudgeBatch, prefix: Cache, rows: str) -> Tensor:
     """Every head's attention to the prefix's keys, (B, L, Hq, P) float32, a mean over some rows.
 
-    rows: "target", those that predict the target (teacher-forced); "query", those of the question, as QRHead.
+    rows: "target", those that predict the target (teacher-forced); "query", those of the question, as QRHead;
+    they end with the row that predicts the first target token, and a batch for them is split at "suffix".
     """
-    batch = collate(prompts, reader.device, "target" if rows == "target" else "suffix")
-    weights = torch.zeros(batch.suffix_ids.shape, device=reader.device)  # (B, T)
-    if rows == "target":
-        weights.view(-1)[batch.target_rows] = 1.0
-        weights /= weights.sum(-1, keepdim=True)
-    else:
-        for number, prompt in enumerate(prompts):
-            count = prompt.target_start - prompt.question_start
-            weights[number, :count] = 1 / count
-    probe = Probe(weights)
-    with torch.no_grad():
-        reader.judge.model(batch.suffix_ids, read_prefix(reader.judge, batch), probe)
-    return torch.stack([a[..., : batch.documents.shape[1]] for a in probe.attention], 1), batch
+    targets = torch.zeros(batch.suffix_ids.shape, device=reader.device)  # (B, T)
+    targets.view(-1)[batch.target_rows] = 1.0
+    weights = targets if rows == "target" else (targets.cumsum(-1) - targets == 0).float()  # up to the first
+    probe = Probe(weights / weights.sum(-1, keepdim=True))
+    reader.judge.model(batch.suffix_ids, prefix, probe)
+    return torch.stack([a[..., : batch.documents.shape[1]] for a in probe.attention], 1)
 
 
 def document_shares(attention: Tensor, batch: JudgeBatch, baseline: Tensor | None = None) -> Tensor:
@@ -109,8 +111,7 @@ def document_shares(attention: Tensor, batch: JudgeBatch, baseline: Tensor | Non
     num_documents = batch.present.shape[1]
     owner = F.one_hot(batch.documents, num_documents + 1)[..., :num_documents].float()  # (B, P, N)
     if baseline is not None:
-        width = min(attention.shape[-1], baseline.shape[-1])  # the questions behind differ in length
-        owner, attention = owner[:, :width], attention[..., :width] - baseline[..., :width]
+        attention = attention - baseline
         count = owner.sum(1).clamp(min=1)[:, None, None]  # (B, 1, 1, N)
         mean = torch.einsum("blhp,bpn->blhn", attention, owner) / count
         square = torch.einsum("blhp,bpn->blhn", attention.square(), owner) / count
@@ -131,6 +132,7 @@ def score_heads(reader: Reader, rows: list[Row]) -> tuple[Tensor, dict[str, int]
     blind = kinds["none"] == len(rows)
     config = reader.judge.config
     scores = torch.zeros(config.num_hidden_layers, config.num_attention_heads, device=reader.device)
+    split = "target" if reader.detect_rows == "target" and not reader.calibrate else "suffix"
     usable = rows[:32] if blind else [row for row in rows if labels[row.index][0] is not None]
     for first in progress(range(0, len(usable), reader.batch), desc="heads", unit="batch"):
         some = usable[first : first + reader.batch]
@@ -138,11 +140,11 @@ def score_heads(reader: Reader, rows: list[Row]) -> tuple[Tensor, dict[str, int]
         if blind:
             scores += _gradient_norms(reader, prompts) / len(usable)
             continue
-        attention, batch = attention_on_prefix(reader, prompts, reader.detect_rows)
-        baseline = None
+        (batch, prefix), baseline = read(reader, prompts, split), None
+        attention = attention_on_prefix(reader, batch, prefix, reader.detect_rows)
         if reader.calibrate:
-            empty = reader.builder.with_query(prompts, "N/A")
-            baseline, _ = attention_on_prefix(reader, empty, reader.detect_rows)
+            empty = collate(reader.builder.with_query(prompts, "N/A"), reader.device, split)
+            baseline = attention_on_prefix(reader, empty, prefix, reader.detect_rows)
         shares = document_shares(attention, batch, baseline)  # (B, L, Hq, N)
         for number, row in enumerate(some):
             scores += shares[number, :, :, labels[row.index][0]] / len(usable)
@@ -152,9 +154,7 @@ def score_heads(reader: Reader, rows: list[Row]) -> tuple[Tensor, dict[str, int]
 def _gradient_norms(reader: Reader, prompts: list[Prompt]) -> Tensor:
     """(L, Hq): the norm of d loss / d scores at uniform weights, one head injected, summed over prompts."""
     config, device = reader.judge.config, reader.device
-    batch = collate(prompts, device, reader.inject_rows)
-    with torch.no_grad():  # also of a judge that learns
-        prefix = read_prefix(reader.judge, batch)
+    batch, prefix = read(reader, prompts, reader.inject_rows)  # no graph, also of a judge that learns
     norms = torch.zeros(config.num_hidden_layers, config.num_attention_heads, device=device)
     for layer in range(norms.shape[0]):
         for head in range(norms.shape[1]):
@@ -187,9 +187,11 @@ def describe_heads(reader: Reader, rows: list[Row], heads: Heads) -> dict:
     for first in progress(range(0, len(rows), reader.batch), desc="steering", unit="batch"):
         some = rows[first : first + reader.batch]
         prompts = reader.builder.shuffled(some, reader.seed)
-        shares = document_shares(*attention_on_prefix(reader, prompts, "target")).sum((0, -1))  # (L, Hq)
+        batch, prefix = read(reader, prompts, reader.inject_rows)
+        attention = attention_on_prefix(reader, batch, prefix, "target")
+        shares = document_shares(attention, batch).sum((0, -1))  # (L, Hq)
         budget += sum(float(shares[layer, head]) for layer, head in heads)
-        losses = steering(reader, prompts, tensors)  # (B, N)
+        losses = steering(reader, batch, prefix, tensors)  # (B, N)
         ranges += (losses.masked_fill(losses.isinf(), -torch.inf).amax(-1) - losses.amin(-1)).tolist()
         best = zip(losses.argmin(-1).tolist(), some, strict=True)
         hits += sum(candidate == relevant_document(row)[0] for candidate, row in best)
@@ -215,10 +217,8 @@ def describe_heads(reader: Reader, rows: list[Row], heads: Heads) -> dict:
 
 
 @torch.no_grad()
-def steering(reader: Reader, prompts: list[Prompt], heads: dict[int, Tensor]) -> Tensor:
+def steering(reader: Reader, batch: JudgeBatch, prefix: Cache, heads: dict[int, Tensor]) -> Tensor:
     """(B, N): the target's loss with the whole weight on each candidate in turn; inf where there is none."""
-    batch = collate(prompts, reader.device, reader.inject_rows)
-    prefix = read_prefix(reader.judge, batch)
     losses = []
     for candidate in range(batch.present.shape[1]):
         alone = torch.full(batch.present.shape, -torch.inf, device=reader.device)

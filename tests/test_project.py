@@ -47,9 +47,10 @@ def test_the_size_promise():
 
 
 def test_all_code_beside_the_tests_stays_small():
-    """8,000 were planned: the downloader stays, and conversion, SQuAD, windows and a study came on top."""
+    """8,000 were planned. The downloader stays; conversion, SQuAD, windows, a study, several models in one
+    table, an index of texts and the rows set aside came on top."""
     assert len(PYTHON) > 30
-    assert sum(len(lines(name)) for name in PYTHON) <= 9_400
+    assert sum(len(lines(name)) for name in PYTHON) <= 9_700
 
 
 def test_floors():

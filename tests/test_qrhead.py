@@ -17,6 +17,7 @@ from related.qrhead import (
     attention_to_keys,
     choose_heads,
     document_shares,
+    read,
     read_heads,
     score_heads,
     select_heads,
@@ -40,7 +41,8 @@ def test_attention_to_keys_is_the_softmax():
 def test_steering_puts_the_whole_weight_on_one_candidate(tmp_path):
     judge, _, builder, rows = world(tmp_path)
     prompts, tensors = builder.build(rows), head_tensors(HEADS, CPU)
-    losses = steering(Reader(judge, builder, CPU), prompts, tensors)
+    reader = Reader(judge, builder, CPU)
+    losses = steering(reader, *read(reader, prompts, "target"), tensors)
     assert losses.shape == (5, 5)
     for own, row in zip(losses, rows, strict=True):
         assert own.isfinite().sum() == len(row.documents)
@@ -57,7 +59,9 @@ def test_attention_on_the_prefix_is_that_of_the_whole_prompt(tmp_path, rows):
     """A mean over the rows that predict the target, or over the question's; calibration asks "N/A"."""
     judge, _, builder, some = world(tmp_path)
     prompts = builder.build(some)
-    found, batch = attention_on_prefix(Reader(judge, builder, CPU), prompts, rows)
+    reader = Reader(judge, builder, CPU)
+    batch, prefix = read(reader, prompts, "target" if rows == "target" else "suffix")
+    found = attention_on_prefix(reader, batch, prefix, rows)
     for number, prompt in enumerate(prompts):
         maps = []
 
@@ -80,7 +84,9 @@ def test_document_shares_and_calibration(tmp_path):
     """Without a baseline shares are plain sums; a baseline equal to the attention leaves nothing."""
     judge, _, builder, rows = world(tmp_path)
     prompts = builder.build(rows)
-    found, batch = attention_on_prefix(Reader(judge.float(), builder, CPU), prompts, "target")
+    reader = Reader(judge.float(), builder, CPU)
+    batch, prefix = read(reader, prompts, "target")
+    found = attention_on_prefix(reader, batch, prefix, "target")
     shares = document_shares(found, batch)
     start, end = prompts[1].spans[3]
     torch.testing.assert_close(shares[1, :, :, 3], found[1, :, :, start:end].sum(-1))
@@ -103,11 +109,32 @@ def test_scores_are_means_over_the_rows_whose_relevant_document_is_known(tmp_pat
     expected = torch.zeros(4, 6)
     for row, relevant in ((rows[1], 2), (rows[2], 0), (rows[3], 0), (rows[4], 0)):
         prompts = builder.shuffled([row], 0)
-        found, batch = attention_on_prefix(reader, prompts, "target")
-        asked = builder.with_query(prompts, "N/A")
-        baseline = attention_on_prefix(reader, asked, "target")[0] if calibrate else None
+        batch, prefix = read(reader, prompts, "target")
+        found, width = attention_on_prefix(reader, batch, prefix, "target"), prompts[0].question_start
+        batch.documents, baseline = batch.documents[:, :width], None
+        if calibrate:
+            asked = read(reader, builder.with_query(prompts, "N/A"), "target")
+            baseline = attention_on_prefix(reader, *asked, "target")[..., :width]
+        found = found[..., :width]
         expected += document_shares(found, batch, baseline)[0, :, :, relevant] / 4
     torch.testing.assert_close(scores, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("calibrate", [False, True])
+def test_prompts_are_read_twice(tmp_path, monkeypatch, calibrate):
+    """To score the heads, with calibration or without, and to describe the chosen ones; two more readings are
+    those of the relevant and of a random document alone."""
+    judge, _, builder, rows = world(tmp_path)
+    lengths, decode = [], judge.model.read
+
+    def watched(ids, own):
+        lengths.extend(own.tolist())
+        return decode(ids, own)
+
+    monkeypatch.setattr(judge.model, "read", watched)
+    reader = Reader(judge.float(), builder, CPU, batch=2, calibrate=calibrate)
+    select_heads(reader, rows, "top", 3, "judge")
+    assert len(lengths) == 4 * len(rows)
 
 
 def test_choose_heads():

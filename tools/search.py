@@ -32,7 +32,7 @@ from torch import Tensor
 
 import eval as yardstick
 from attention import head_tensors, log_softmax_scores
-from data import Document, Row, collate
+from data import Document, Row
 from dream import Settings, build_judge, make_reader, parse_arguments
 from formats.catalogue import BEIR, RTEB, resolve_dataset
 from formats.checkpoints import Checkpoint, make_builder
@@ -40,9 +40,9 @@ from formats.corpus import Corpus
 from formats.datasets import RetrievalDataset
 from formats.embedders import adapter_base, load_embedder, read_embedding_settings
 from formats.kept import STORED, EmbeddingStore, fingerprint
-from model import Embedder, read_prefix
+from model import Embedder
 from related.bm25 import BM25
-from related.qrhead import read_heads, steering
+from related.qrhead import read, read_heads, steering
 from support.files import InputError, cache_folder, check_writable, state_digest, write_atomic
 from support.flags import limited
 from support.launch import ArgumentParser, pick_device, pick_dtype, run_command
@@ -157,13 +157,13 @@ def explain(args: argparse.Namespace, settings: Settings, question: str, found: 
     builder = make_builder(checkpoint.folder, *how)
     reader = make_reader(settings, judge, builder, device)
     prompts = builder.build([Row(0, question, args.explain, documents, None, "--explain")])
-    batch = collate(prompts, device, settings.inject_rows)
+    batch, prefix = read(reader, prompts, settings.inject_rows)
 
     def loss(log_weights: Tensor) -> float:
-        return reader.loss(batch, log_weights, heads, read_prefix(judge, batch)).item()
+        return reader.loss(batch, log_weights, heads, prefix).item()
 
     uniform = loss(torch.zeros_like(log_weights).log_softmax(-1))
-    for hit, alone in zip(found, steering(reader, prompts, heads)[0], strict=True):
+    for hit, alone in zip(found, steering(reader, batch, prefix, heads)[0], strict=True):
         hit |= {"loss": alone.item(), "gain": uniform - alone.item()}
     return {"answer": args.explain, "loss": loss(log_weights), "uniform_loss": uniform}
 
