@@ -17,8 +17,7 @@ the answer. The others come from other passages, at most one of each, and do not
 --from-text cuts documents into passages of whole sentences and draws a question from each. "next": a sentence
 asks, the one after it is the target, and the passage is shown without the one that asks. "rest": the first
 words of a sentence ask for its last third. "blank": a sentence asks for a name, number or rare phrase taken
-out of it; the passage repeats that phrase and is shown without the sentence. --groups writes rows of
-consecutive passages, for Revela.
+out of it, and the passage is shown whole. --groups writes rows of consecutive passages, for Revela.
 """
 
 import argparse
@@ -46,6 +45,7 @@ from support.launch import ArgumentParser, one_process, run_command
 from support.runs import locate
 from support.show import progress
 from tools.questions import (
+    PASSAGE_WORDS,
     Question,
     document_of,
     holds,
@@ -107,14 +107,16 @@ def mine(args: argparse.Namespace) -> None:
             questions = [read_question(lines, index, numbers, documents) for index in range(len(lines))]
     if args.limit:
         questions = [questions[i] for i in sorted(shuffled(len(questions), args.seed)[: args.limit])]
-    cut: Callable[[str], Iterable[str]] | None = passages if args.from_text or args.groups else None
-    if args.window:
+    cut: Callable[[str], Iterable[str]] | None = None
+    if args.from_text or args.groups:
+        cut = partial(passages, words=args.window or PASSAGE_WORDS)
+    elif args.window:
         cut = partial(windows, size=args.window)
     if isinstance(documents, Corpus) and cut is None:
         corpus = documents
     else:
         corpus = write_corpus(documents, out.with_name(out.name + ".passages.jsonl"), cut)
-    if args.window:
+    if args.window and args.questions:
         questions = find_windows(questions, documents, corpus)
     if args.groups:
         return write_groups(corpus, out, args.groups)
@@ -122,7 +124,7 @@ def mine(args: argparse.Namespace) -> None:
         questions = text_questions(corpus, args.from_text, args.limit, args.seed)
     if not questions:
         raise InputError(f"{args.questions or args.corpus}: no questions")
-    recipe = "window" if args.window else args.from_text
+    recipe = args.from_text or ("window" if args.window else None)
     # Some hits are the source, or have a text that is there already; these two recipes pass over many.
     wanted = 12 * args.candidates if recipe in ("window", "blank") else args.candidates + 4
     found = search(corpus, [q.query for q in questions], min(wanted, len(corpus)), args)
@@ -253,7 +255,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--corpus", metavar="PATH", help="corpus.jsonl {_id, title, text}, or its folder")
     asked = "jsonl {query, answers, passage_id: optional}; or SQuAD's .json, without --corpus"
     add("--questions", metavar="FILE", help=asked)
-    window = "with --questions: candidates are windows of so many words, the source around its answer"
+    window = "candidates are windows of so many words, the source around its answer; of text: whole sentences"
     add("--window", type=limited(int, 2, 10**9), metavar="WORDS", help=window)
     asked = "no questions: a sentence asks for the next, for its rest, or for a phrase blanked out of it"
     add("--from-text", choices=["next", "rest", "blank"], help=asked)
@@ -275,8 +277,6 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if sum(map(bool, (args.questions, args.from_text, args.groups))) != 1:
         parser.error("give one of --questions FILE, --from-text next|rest|blank, --groups N")
-    if args.window and not args.questions:
-        parser.error("--window needs --questions; --from-text and --groups cut passages of their own")
     squad = (args.questions or "").endswith(".json")
     if squad and args.corpus:
         told = "a .json file is SQuAD's, and its paragraphs are the corpus: leave out --corpus"

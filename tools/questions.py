@@ -121,23 +121,21 @@ def rare_phrases(sentence: str, counts: Counter[str], limit: int) -> list[tuple[
 
 
 def blank_question(text: str, counts: Counter[str], limit: int, *seed: int) -> tuple[str, str, str] | None:
-    """A query and a target out of a passage, and the passage as a candidate may show it; None if it has none.
+    """A query and a target out of a passage, and the passage, which is shown whole; None if it has none.
 
-    The target is the rarest phrase of a sentence that occurs in another one of the passage too. The query is
-    the words around it, with "what" in its place; the passage is shown without that sentence. Which sentence
-    is drawn by the seed. (Salient spans as in REALM, 2002.08909; cloze questions as in Lewis et al.,
-    1906.04980.)
+    The target is the rarest phrase of a sentence, the query the words around it, with "what" in its place.
+    Which sentence is drawn by the seed. (Salient spans as in REALM, 2002.08909; cloze questions as in Lewis
+    et al., 1906.04980.)
     """
     parts = sentences(text)
-    for number in shuffled(len(parts), *seed):
-        sentence, shown = parts[number], " ".join(part for part in parts if part != parts[number])
+    for sentence in (parts[number] for number in shuffled(len(parts), *seed)):
         for start, end in rare_phrases(sentence, counts, limit):
             target, before, after = sentence[start:end], sentence[:start].split(), sentence[end:].split()
             before = before[-max(AROUND // 2, AROUND - len(after)) :]
             query = " ".join([*before, "what", *after[: AROUND - len(before)]])
             query = re.sub(r"\s+([,;:.!?)])", r"\1", query).strip(" .,;:!?") + "?"
-            if len(query.split()) >= 5 and not holds(query, target) and holds(shown, target):
-                return query, target, shown
+            if len(query.split()) >= 5 and not holds(query, target):
+                return query, target, text
     return None
 
 
