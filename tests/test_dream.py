@@ -111,8 +111,9 @@ def test_dropout_is_replayed_in_the_second_pass(tmp_path, monkeypatch):
     assert len(embedded) % 2 == 0 and len(embedded) >= 4
     first, second = embedded[: len(embedded) // 2], embedded[len(embedded) // 2 :]
     for (ids, out), (again_ids, again) in zip(first, second, strict=True):
-        assert ids == again_ids and torch.equal(out, again)
-        assert not torch.equal(embed(ids), again)  # other masks
+        # A CPU attends in another way where there is a graph: equal but for rounding.
+        assert ids == again_ids and torch.allclose(out, again, rtol=0, atol=1e-5)
+        assert not torch.allclose(embed(ids), again, rtol=0, atol=1e-3)  # other masks
 
 
 def test_loss_is_invariant_to_candidate_numbering(tmp_path):
