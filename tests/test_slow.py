@@ -138,24 +138,19 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def test_a_real_model_learns(tmp_path):
-    """Twenty small steps without labels raise recall@100 over 300 real passages; chance is 0.33. Its one
-    run so far went from 0.29 to 0.46 (bfloat16, 100 questions: a standard error of 0.05)."""
+    """Forty small steps without labels raise recall@100 over 300 real passages; chance is 0.33."""
     shared, model = needs(SHARED / "qa").parent, fetched_smollm2(tmp_path)
     command("studies/smollm2/prepare.py", "--shared", shared, "--to", tmp_path, cwd=tmp_path)
     dev = part_of_dataset(tmp_path / "dev", tmp_path / "part", 100, 300)
     flags = (
-        "--steps 20 --batch 8 --candidates 4 --max-length 128 --lr 5e-4 --calibrate --num-heads 32".split()
+        "--steps 40 --batch 8 --candidates 4 --max-length 128 --lr 1e-3 --head-examples 16 --out run".split()
     )
-    flags += "--temperature 0.1 --head-examples 16 --retriever-batch 128 --out run".split()
-    cpu = Path("/proc/cpuinfo")
-    half = cpu.exists() and "avx512_bf16" in cpu.read_text()
-    flags += ["--dtype", "bfloat16" if half else "float32"]
     models = ("--judge", model, "--retriever", model, "--test", dev)
     done = command("dream.py", "train", "--train", "rows.jsonl", *models, *flags, cwd=tmp_path)
     assert "these heads of this judge can teach on these rows" in done.stdout
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     before, after = (results[key][0]["metrics"]["recall@100"] for key in ("before", "after"))
-    assert before < 0.36 < after and after > before + 0.08, (before, after)
+    assert before < 0.4 and after > before + 0.15, (before, after)
 
 
 def random_checkpoint(config: Path, folder: Path) -> None:
