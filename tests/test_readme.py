@@ -33,6 +33,7 @@ MODELS += ["yixuantt/DREAM-0.5B"]
 PAGES = ["README.md", *(f"docs/{name}.md" for name in ("training", "evaluation", "results", "scale"))]
 PROGRAMS = ["dream.py train", "eval.py"]
 PROGRAMS += [f"-m tools.{name}" for name in "mine heads geometry export search report study".split()]
+PROGRAMS += ["-m tests.bench"]
 REMOVED = {"--refresh-candidates", "--isolate-documents", "--compile", "--geometry"}  # named beside results
 ELSEWHERE = {"--slow", "--nproc-per-node"}  # pytest's, torchrun's
 
