@@ -138,7 +138,8 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def test_a_real_model_learns(tmp_path):
-    """Forty small steps without labels raise recall@100 over 300 real passages; chance is 0.33."""
+    """Forty small steps without labels raise recall@100 over 300 real passages (0.29 to 0.94 where it was
+    written, in bfloat16); chance is 0.33."""
     shared, model = needs(SHARED / "qa").parent, fetched_smollm2(tmp_path)
     command("studies/smollm2/prepare.py", "--shared", shared, "--to", tmp_path, cwd=tmp_path)
     dev = part_of_dataset(tmp_path / "dev", tmp_path / "part", 100, 300)
@@ -150,7 +151,7 @@ def test_a_real_model_learns(tmp_path):
     assert "these heads of this judge can teach on these rows" in done.stdout
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     before, after = (results[key][0]["metrics"]["recall@100"] for key in ("before", "after"))
-    assert before < 0.4 and after > before + 0.15, (before, after)
+    assert before < 0.4 and after > before + 0.3, (before, after)
 
 
 def random_checkpoint(config: Path, folder: Path) -> None:
