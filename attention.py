@@ -172,7 +172,8 @@ def _short_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) ->
     mask = exact(q.new_zeros(1)).masked_fill(~visible, -torch.inf)[:, None, None]  # (B, 1, 1, T, S)
     mask = mask.expand(batch, kv_heads, num_heads // kv_heads, -1, -1)
     q, k, v = exact(q.reshape(batch * kv_heads, -1, dim)), exact(k.flatten(0, 1)), v.flatten(0, 1)
-    logits = torch.baddbmm(mask.reshape(*q.shape[:2], num_keys), q, k.transpose(1, 2), alpha=dim**-0.5)
+    with torch.autocast("cpu", enabled=False):  # of --full: it would round the logits
+        logits = torch.baddbmm(mask.reshape(*q.shape[:2], num_keys), q, k.transpose(1, 2), alpha=dim**-0.5)
     return (logits.softmax(-1).to(v.dtype) @ v).view(batch, num_heads, num_rows, -1)
 
 

@@ -142,6 +142,20 @@ def test_attention_is_the_softmax(way, rows, prefix, group, dtype):
         assert distance <= CLOSE[dtype], f"{name}: {distance:.1e}"
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_logits_of_half_precision_are_float32(autocast):
+    """Large ones, which rounding to bfloat16 would move; autocast is how --full computes."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 64, 64, generator=g) for heads in (6, 2, 2))
+    q, v = 8 * q, v.bfloat16()
+    q, k = (q, k) if autocast else (q.bfloat16(), k.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = attention(q, k, v)
+    wide = [x.double() for x in (q, k, v)]
+    expected = softmax_attention(*wide, torch.ones(64, 64, dtype=torch.bool).tril()[None])
+    assert (found - expected).norm() < 0.004 * expected.norm()
+
+
 def test_every_row_sees_a_key(tmp_path, monkeypatch):
     """Softmax over no key is NaN one way and 0 the other: it must never be asked for, pads included."""
     judge, _, builder, rows = world(tmp_path)
