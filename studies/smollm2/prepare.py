@@ -7,11 +7,12 @@ source} under --shared, and writes:
 
     rows.jsonl    training rows, one a question
     heads.jsonl   256 more such rows, to compare heads on
+    texts.jsonl   the passages of these rows, {_id, title, text}: for rows from text alone
     dev/          300 questions over 1,000 passages, in BEIR's layout: every setting is chosen here
     test/         500 other questions over 2,000 other passages: scored once, at the end
 
-No passage stands in two of them. Dev and test take questions of the dev split about as many passages, and
-fill up with passages of the train split, which then are in no row. PubMedQA is left out of all four: its
+No passage stands in two of rows, dev and test. Dev and test take questions of the dev split about as many
+passages, and fill up with passages of the train split, which then are in no row. PubMedQA is left out of all four: its
 answers are whole conclusions.
 
 The documents of a row are windows of 45 words. First the source: of the windows that hold the answer, BM25's
@@ -138,8 +139,10 @@ def main() -> None:
     left = set(spare)
     short = [q for q in splits["train"] if len(q["answers"][0].split()) <= MAX_ANSWER]
     questions = [q for q in short if q["passage_id"] in left]
-    rows = make_rows(questions, [passages[name] for name in sorted(left)], args.window, rng)
+    texts = [passages[name] for name in sorted(left)]
+    rows = make_rows(questions, texts, args.window, rng)
     print(f"{len(questions) - len(rows):,} of {len(questions):,} questions left out")
+    write(args.to / "texts.jsonl", texts)
     write(args.to / "heads.jsonl", rows[:HEAD_ROWS])
     write(args.to / "rows.jsonl", rows[HEAD_ROWS:])
 
