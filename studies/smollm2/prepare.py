@@ -12,8 +12,8 @@ source} under --shared, and writes:
     test/         500 other questions over 2,000 other passages: scored once, at the end
 
 No passage stands in two of rows, dev and test. Dev and test take questions of the dev split about as many
-passages, and fill up with passages of the train split, which then are in no row. PubMedQA is left out of all four: its
-answers are whole conclusions.
+passages, and fill up with passages of the train split, which then are in no row. PubMedQA is left out of all
+four: its answers are whole conclusions.
 
 The documents of a row are windows of 45 words. First the source: of the windows that hold the answer, BM25's
 best. Then two BM25 hits, a random window and more hits, up to 16: the first 4, 8 or 16 make rows of so many
