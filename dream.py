@@ -75,7 +75,7 @@ from formats.embedders import (
 )
 from formats.templates import read_template
 from model import PROJECTIONS, CausalLM, Embedder, add_lora, learns, target_loss
-from related.aside import effective_candidates, fit_temperature, score_aside, split_rows
+from related.aside import score_aside, split_rows
 from related.infonce import InfoNCE
 from related.qrhead import Reader, read_heads, select_heads
 from related.replug import Replug
@@ -98,7 +98,7 @@ GROUP_TOKENS = {"cpu": 1024, "cuda": 4096}
 class Dream(Objective):
     """The target's loss when the scores decide which documents the judge's heads read; see attention.py."""
 
-    temperature = 0.0  # fitted before the first step
+    temperature = 0.1
     flags = "judge judge_template judge_context max_target judge_batch judge_lora judge_lr "
     flags += "heads num_heads detect_rows calibrate inject_rows document_mass"
     judge_may_learn = True
@@ -173,8 +173,8 @@ class Settings:
     inject_rows: str = flag("target", "suffix: the query's rows too", choices=("target", "suffix"))
     document_mass: str = flag("keep", "full: documents get all attention", choices=("keep", "full"))
     objective: str = flag("dream", "what teaches the retriever", "the objective", choices=tuple(OBJECTIVES))
-    temperature: float = flag(0.0, "tau of softmax(cosine / tau) (default: fitted, or published)", above=True)
-    in_batch_negatives: bool = flag(False, "infonce: other queries' documents count as well")
+    temperature: float = flag(0.0, "tau of softmax(cosine / tau) (default: the objective's)", above=True)
+    in_batch_negatives: bool = flag(False, "infonce: other queries' documents count too")
     judge_temperature: float = flag(0.1, "replug: beta of softmax(log p / beta)", above=True)
     target_likelihood: str = flag("mean", "replug: log p of a token, or of all", choices=("mean", "sum"))
     kl: str = flag("forward", "replug: KL(P || Q), or KL(Q || P)", choices=("forward", "reverse"))
@@ -193,7 +193,7 @@ class Settings:
     retriever_batch: int = flag(64, "texts embedded at once with a graph")
     activation_checkpointing: bool = flag(False, "less memory, one more forward pass of what learns")
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, ...")
-    dtype: str = flag("auto", "compute dtype: auto, float32, bfloat16")
+    dtype: str = flag("auto", "compute dtype", choices=("auto", "float32", "bfloat16"))
     rows: int = 0  # in the file --train
     rows_fingerprint: str = ""
 
@@ -277,6 +277,11 @@ class TwoPasses:
         for number, (chunk, part) in enumerate(zip(self.chunks, self.parts, strict=True)):
             own = gradient[to_device(torch.tensor(chunk), gradient.device)]
             (part if len(self.chunks) == 1 else self._embed(number)).backward(own)
+
+
+def effective_candidates(log_weights: Tensor, present: Tensor) -> Tensor:
+    """exp(H(w)), (B,): how many candidates have weight. log_weights, present: (B, N)."""
+    return (-(log_weights.exp() * log_weights.masked_fill(~present, 0.0)).sum(-1)).exp()
 
 
 def training_step(
@@ -488,8 +493,6 @@ def train(settings: Settings) -> int:
     if settings.batch < processes:
         raise InputError(f"--batch {settings.batch}: {processes} processes need at least one query each")
     device = launch.pick_device(settings.device)
-    if settings.dtype == "float16":
-        raise InputError("--dtype float16: small gradients would vanish; train in bfloat16 or float32")
     tests = [d for name in expand_names(settings.test) for d in resolve_datasets(name, flag="--test")]
     out = Path(settings.out)
     with runs.run_lock(out) if rank == 0 else nullcontext():
@@ -531,13 +534,9 @@ def fit(settings: Settings, tests: list[RetrievalDataset], device: torch.device)
     objective.check(rows, usable)
     others = {n for kind in OBJECTIVES.values() for n in kind.flags.split()} - {*objective.flags.split()}
     print_settings(counting(settings, without=others), device, dtype, reason)
-    encode = models.retriever.encode
-    if not settings.temperature:
-        fitted = launch.agree(fit_temperature(aside[:128], encode))
-        settings = dataclasses.replace(settings, temperature=fitted)
     if not resume:
         begin(settings, objective, aside, models, tests)
-    scored = partial(score_aside, aside, encode, out / "results.json")
+    scored = partial(score_aside, aside, models.retriever.encode, out / "results.json")
     if not resume and dev is None and rank == 0:
         scored("before training")
     objective.use(out / "heads.json")
@@ -565,8 +564,7 @@ def fit(settings: Settings, tests: list[RetrievalDataset], device: torch.device)
                 group["lr"] = learning_rate(step, group["peak"], settings.steps, settings.warmup)
             seed = (settings.seed, step, rank)
             stats = take_step(models.retriever, objective, optimizer, batch, settings, seed)
-            rate = {"lr": learning_rate(step, settings.lr, settings.steps, settings.warmup)}
-            log.add(step + 1, stats | rate, batch.indices)
+            log.add(step + 1, stats | {"lr": optimizer.param_groups[0]["lr"]}, batch.indices)
             bar.update()
             stopped, done = interrupt.agreed(), step + 1 == settings.steps
             due = (step + 1) % settings.eval_every == 0 or done
@@ -654,9 +652,9 @@ def parse_arguments(argv: list[str] | None) -> Settings:
     if run := given.get("resume"):
         settings = resumed(Path(run), Settings, given, ("resume", "device", "change_settings")) | {"out": run}
     elif "train" not in given:
-        settings = demo_settings()
-        if own := OBJECTIVES[given.get("objective", "dream")].temperature:  # the demo's is DREAM's
-            settings["temperature"] = own
+        settings, kind = demo_settings(), OBJECTIVES[given.get("objective", "dream")]
+        if kind is not Dream:
+            del settings["temperature"]  # the demo's is DREAM's
     return complete(Settings(**settings | given), parser.error)
 
 

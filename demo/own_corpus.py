@@ -66,7 +66,7 @@ def check_begun(run: Path, rows: Path, flags: dict) -> None:
     begun = read_json(run / "settings.json")
     other = [f"--{name} {begun.get(name)}" for name, value in flags.items() if begun.get(name) != value]
     same = begun.get("rows_fingerprint") == JsonLines(rows).fingerprint
-    if other := other + ["other texts or another --recipe"] * (not same):
+    if other := other + ["other texts"] * (not same):
         told = f"was begun with {', '.join(other)}; delete it to begin anew, or choose another --out"
         raise InputError(f"{run}: {told}")
 
@@ -83,9 +83,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--retriever", default=demo, help="what the retriever starts from (default: likewise)"
     )
-    parser.add_argument(
-        "--recipe", choices=["next", "rest"], default="next", help="of the rows, see tools.mine"
-    )
     parser.add_argument("--steps", type=int, default=100, help="of training (default: %(default)s)")
     args = parser.parse_args(argv)
     out, flags = args.out.resolve(), {"judge": find(args.judge), "retriever": find(args.retriever)}
@@ -96,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
         number = write_corpus(args.texts, Path(corpus))
         print(f"{corpus}: {number:,} documents")
         mined = ["--corpus", corpus, "--judge", flags["judge"], "--out", rows]
-        run("-m", "tools.mine", "--from-text", args.recipe, *mined)
+        run("-m", "tools.mine", "--from-text", *mined)
         if (out / "run" / "settings.json").exists():
             check_begun(out / "run", Path(rows), flags)
             run("dream.py", "train", "--resume", trained)

@@ -1,11 +1,4 @@
-"""The rows set aside, which are never trained on; the temperature is fitted on them.
-
-    mean over rows of exp(H(softmax(s / tau))) = EFFECTIVE_SHARE * candidates,    s of the untrained retriever
-
-exp(H) is the number of candidates that have weight. SNE (Hinton and Roweis, 2002) fits its bandwidths to such
-a number in the same way. Below it, one random candidate has most of the weight at the start and the others
-teach nothing; above it, the scores hardly matter.
-"""
+"""The rows set aside, never trained on: heads are chosen on them, and without --dev they score the run."""
 
 import json
 import math
@@ -17,15 +10,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from attention import log_softmax_scores
 from data import Row, Rows, shuffled
 from related.qrhead import relevant_document
 from support.files import InputError, read_json, write_atomic
 
-EFFECTIVE_SHARE = 0.6  # of the candidates: 2.4 of 4
-LEAST = 1.6  # of two or three candidates
 ENOUGH_ROWS, ENOUGH_ASIDE = 1000, 100  # guesses
-TEMPERATURES = 0.001, 10.0
 
 
 def split_rows(rows: Rows, most: int, seed: int, batch: int) -> tuple[list[Row], list[int]]:
@@ -46,11 +35,6 @@ def split_rows(rows: Rows, most: int, seed: int, batch: int) -> tuple[list[Row],
     if len(usable) < batch:
         print(f"warning: rows repeat within a step: {len(usable)} to train on, --batch {batch}")
     return [rows[i] for i in order[:aside]], usable
-
-
-def effective_candidates(log_weights: Tensor, present: Tensor) -> Tensor:
-    """exp(H(w)), (B,): how many candidates have weight. log_weights, present: (B, N)."""
-    return (-(log_weights.exp() * log_weights.masked_fill(~present, 0.0)).sum(-1)).exp()
 
 
 def candidate_scores(rows: list[Row], encode: Callable[[list[str], str], Tensor]) -> Tensor:
@@ -85,26 +69,3 @@ def score_aside(
     content["aside"] = content.get("aside", {}) | {when: found}
     write_atomic(results, json.dumps(content, indent=1) + "\n")
     return found
-
-
-def fit_temperature(rows: list[Row], encode: Callable[[list[str], str], Tensor]) -> float:
-    """The tau at which EFFECTIVE_SHARE of these rows' candidates have weight; printed."""
-    scores = candidate_scores(rows, encode)
-    temperature = temperature_for(scores)
-    present = scores.isfinite()
-    effective = effective_candidates(log_softmax_scores(scores, present, temperature), present).mean()
-    share = f"{effective:.2f} of {present.sum() / len(rows):.3g} candidates"
-    print(f"temperature {temperature:g}, fitted: {share} have weight before training", flush=True)
-    return temperature
-
-
-def temperature_for(scores: Tensor) -> float:
-    """The tau at which EFFECTIVE_SHARE of the candidates have weight, to two digits. scores: (R, N)."""
-    scores, present = scores.double(), scores.isfinite()
-    wanted = (EFFECTIVE_SHARE * present.sum(-1, dtype=torch.float64)).clamp(min=LEAST).mean()
-    low, high = map(math.log, TEMPERATURES)
-    for _ in range(40):  # effective candidates grow with tau
-        middle = (low + high) / 2
-        found = effective_candidates(log_softmax_scores(scores, present, math.exp(middle)), present).mean()
-        low, high = (low, middle) if found > wanted else (middle, high)
-    return float(f"{math.exp(middle):.2g}")

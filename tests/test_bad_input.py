@@ -1107,7 +1107,12 @@ BAD = [
         TRAIN + " --heads h.json --num-heads 3",
         "--num-heads 3: h.json selects 2 heads",
     ),
-    bad("flag: --dtype float16 in train", NONE, TRAIN + " --dtype float16", "train in bfloat16 or float32"),
+    bad(
+        "flag: --dtype float16 in train",
+        NONE,
+        TRAIN + " --dtype float16",
+        "choose from 'auto', 'float32', 'bfloat16'",
+    ),
     bad("heads: a number", put("h.json", {"selected": 5}), TRAIN + " --heads h.json", "h.json", "'selected'"),
     bad(
         "heads: letters",

@@ -199,10 +199,16 @@ def assert_same_run(out, whole):
     assert [line["step"] for line in metrics(out) if "loss" in line] == [1, 2, 3, 4, 5, 6]
 
 
+def test_effective_candidates_are_exp_of_the_entropy():
+    weights = torch.tensor([[0.25, 0.25, 0.25, 0.25], [0.5, 0.5, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]])
+    present = weights > 0
+    found = dream.effective_candidates(weights.log(), present)
+    torch.testing.assert_close(found, torch.tensor([4.0, 2.0, 1.0]))
+
+
 def test_resumed_run_equals_an_uninterrupted_one(whole, tmp_path, monkeypatch):
-    """Stopped after step 4 of 6 and resumed, with the temperature that was fitted at its beginning."""
+    """Stopped after step 4 of 6 and resumed."""
     stopped_after_step_4(whole[1], tmp_path / "run", monkeypatch)
-    monkeypatch.setattr(dream, "fit_temperature", lambda scores: pytest.fail("is fitted again"))
     assert dream.main(["train", "--resume", str(tmp_path / "run")]) == 0
     assert_same_run(tmp_path / "run", whole[0])
 
@@ -265,18 +271,6 @@ def test_a_run_computes_in_the_dtype_that_it_began_with(command, tmp_path, monke
     assert built == [torch.bfloat16]
 
 
-def test_the_temperature_is_fitted_unless_it_is_given(command, tmp_path, capsys):
-    for flags, fitted in ((["--temperature", "0.3"], False), ([], True)):
-        run = tmp_path / f"fitted-{fitted}"
-        assert dream.main([*command, *flags, "--steps", "1", "--out", str(run)]) == 0
-        told = re.search(
-            r"^temperature (\S+), fitted: (\S+) of \S+ candidates", capsys.readouterr().out, re.M
-        )
-        assert bool(told) == fitted
-        temperature = json.loads((run / "settings.json").read_text())["temperature"]
-        assert temperature == (float(told[1]) if told else 0.3)
-
-
 def test_the_demo_and_the_other_objectives_have_temperatures_of_their_own():
     """The demo's results were made with it; `replug` on the demo's rows keeps what was published."""
     given = {"": 0.05, "dream": 0.05, "infonce": 0.05, "replug": 0.1, "revela": 1e-4}
@@ -285,7 +279,7 @@ def test_the_demo_and_the_other_objectives_have_temperatures_of_their_own():
         assert dream.parse_arguments(flags).temperature == temperature
         assert dream.parse_arguments([*flags, "--temperature", "0.7"]).temperature == 0.7
         rows = "--train rows.jsonl --judge x --retriever x --out o".split()
-        own = 0.0 if name in ("", "dream") else temperature  # 0: to be fitted
+        own = 0.1 if name in ("", "dream") else temperature
         assert dream.parse_arguments([*flags, *rows]).temperature == own
 
 
@@ -371,7 +365,7 @@ def test_training_in_bfloat16(command, tmp_path, full):
         ("train --objective replug --judge-lora", "replug has no judge that could learn"),
         ("train --objective infonce --judge-lora", "infonce has no judge that could learn"),
         ("train --objective magic", "invalid choice: 'magic'"),
-        ("train --dtype float16 --device cpu", "--dtype float16: small gradients would vanish"),
+        ("train --dtype float16 --device cpu", "--dtype: invalid choice: 'float16'"),
         ("mine --corpus c", "mine is now a command of its own: python -m tools.mine"),
         ("heads", "heads is now a command of its own: python -m tools.heads"),
         (

@@ -11,7 +11,7 @@ from tiny import beir_folder, tiny_checkpoint
 import dream
 from data import Rows
 from tools.mine import main
-from tools.questions import blank_question, holds, passages, sentences, text_question, windows
+from tools.questions import blank_question, holds, passages, sentences, windows
 
 TEXT = (
     "The river Wensel rises in the hills. It floods the meadows of Calder every spring. Farmers build walls "
@@ -54,43 +54,6 @@ def test_a_phrase_is_held_as_whole_words():
     )
 
 
-def test_next_hides_the_sentence_that_asks():
-    drawn = {text_question(TEXT, "next", seed) for seed in range(40)}
-    assert len(drawn) == 4  # each sentence but the last
-    for query, target, shown in drawn:
-        parts = sentences(TEXT)
-        assert parts[parts.index(query) + 1] == target
-        assert query not in shown and target in shown and len(sentences(shown)) == 4
-
-
-def test_next_hides_every_copy_of_the_sentence_that_asks():
-    text = "The harbour froze in March. Ships waited for a week. "
-    text += text.split(" S")[0] + " Then rain came down hard."
-    drawn = {text_question(text, "next", seed) for seed in range(40)} - {None}
-    assert any(query.startswith("The harbour") for query, _, _ in drawn)
-    assert all(query not in shown for query, _, shown in drawn)
-
-
-def test_rest_asks_with_the_first_words():
-    for seed in range(40):
-        query, target, shown = text_question(TEXT, "rest", seed)
-        assert f"{query} {target}" in sentences(TEXT) and shown == TEXT
-        assert len(target.split()) <= max(len(query.split()) // 2, 1) and len(query.split()) >= 4
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "He saw the old mill by the river. He saw the old mill by the river.",  # the same again
-        "She sold the blue house of her aunt. Her aunt, the blue house of her dreams.",  # four words in a row
-        "Too short. Also short.",
-        "",
-    ],
-)
-def test_a_target_that_the_query_gives_away_is_passed_over(text):
-    assert text_question(text, "next", 0) is None
-
-
 NAMES = (
     "The old mill belonged to a certain Josiah Brack and his two sons. The river drove it day and night. "
     "After the great flood the council of the town bought it from Josiah Brack. Josiah Brack."
@@ -101,8 +64,8 @@ def test_blank_asks_for_a_rare_phrase_of_a_sentence():
     common = Counter({word.lower(): 9 for word in re.findall(r"\w+", NAMES)} | {"josiah": 1, "brack": 2})
     drawn = {blank_question(NAMES, common, 2, seed) for seed in range(20)}
     assert len(drawn) == 2, "either of the long sentences, never the one whose words are too few"
-    for query, target, shown in drawn:
-        assert target == "Josiah Brack" and shown == NAMES and not holds(query, target)
+    for query, target in drawn:
+        assert target == "Josiah Brack" and not holds(query, target)
         beside = query.rstrip("?").replace("what", target)
         assert re.search(r"\bwhat\b", query) and beside in NAMES and len(beside.split()) <= 13
     assert blank_question(NAMES, common, 0, 0) is None, "no word is rare"
@@ -160,30 +123,33 @@ def corpus(folder):
     return path
 
 
-@pytest.mark.parametrize("recipe", ["next", "rest"])
-def test_mine_from_text(tmp_path, recipe, capsys):
+def test_mine_from_text(tmp_path, capsys):
     out = tmp_path / "rows.jsonl"
-    flags = ["--corpus", str(corpus(tmp_path)), "--out", str(out), "--candidates", "4"]
-    command = ["--from-text", recipe, *flags]
+    command = ["--from-text", "--corpus", str(corpus(tmp_path)), "--out", str(out), "--candidates", "4"]
     assert main(command) == 0
     assert "in source" in capsys.readouterr().out
     rows = Rows(out)
     assert len(rows) + rows.skipped >= 10
-    for i in range(len(rows)):
-        row = rows[i]
-        assert row.positive == 0 and row.target in row.documents[0].text
-        assert all(row.target not in d.text and row.query not in d.text for d in row.documents[1:])
-        assert (row.query in row.documents[0].text) == (recipe == "rest")
+    for row in (rows[i] for i in range(len(rows))):
+        assert row.positive == 0 and len(row.documents) == 4
+        assert [holds(document.full_text, row.target) for document in row.documents] == [True] + [False] * 3
     first = out.read_bytes()
     assert main(command) == 0 and out.read_bytes() == first
-    kept = [json.loads(line) for line in open(f"{out}.passages.jsonl")]
-    long = [d["text"] for d in kept if d["_id"].startswith("long#")]
-    assert len(long) > 3
-    neighbours = [rows[i] for i in range(len(rows)) if rows[i].query.startswith("Sentence")]
-    assert neighbours and all(row.documents[1].text in long for row in neighbours)
 
 
-def test_mine_blank(tmp_path):
+def test_one_long_text_is_enough(tmp_path):
+    """Its own passages are candidates where there are no others."""
+    path, out = corpus(tmp_path), tmp_path / "rows.jsonl"
+    path.write_text(path.read_text().splitlines()[-1])
+    assert main(["--from-text", "--corpus", str(path), "--out", str(out), "--candidates", "4"]) == 0
+    rows = Rows(out)
+    assert len(rows) >= 3 and rows.skipped == 0
+    for row in (rows[i] for i in range(len(rows))):
+        assert len(row.documents) == 4
+        assert [holds(document.text, row.target) for document in row.documents] == [True] + [False] * 3
+
+
+def test_candidates_of_text_alone(tmp_path):
     """Candidates are of other documents, and the source alone holds the target, be it in a title."""
     places, path = [f"Norwick{chr(97 + i)}" for i in range(12)], tmp_path / "corpus.jsonl"
     text = "The parish church of X stands above the wide river. Pilgrims walked to X in every summer. "
@@ -197,7 +163,7 @@ def test_mine_blank(tmp_path):
     )
     path.write_text("".join(json.dumps(d) + "\n" for d in documents))
     out = tmp_path / "rows.jsonl"
-    assert main(["--corpus", str(path), "--from-text", "blank", "--candidates", "9", "--out", str(out)]) == 0
+    assert main(["--corpus", str(path), "--from-text", "--candidates", "9", "--out", str(out)]) == 0
     rows, owner = Rows(out), {}
     for passage in map(json.loads, open(f"{out}.passages.jsonl")):
         owner.setdefault(passage["text"], set()).add(passage["_id"].rpartition("#")[0])
@@ -207,7 +173,7 @@ def test_mine_blank(tmp_path):
         assert row.positive == 0 and row.target in places and holds(first.text, row.target)
         assert len(others) == 8 and not any(holds(d.full_text, row.target) for d in others)
         assert all(owner[d.text] - {row.target} for d in others), "of another document"
-    command = ["--corpus", str(path), "--from-text", "blank", "--window", "20", "--out", str(out)]
+    command = ["--corpus", str(path), "--from-text", "--window", "20", "--out", str(out)]
     assert main(command) == 0
     assert all(len(row.documents[0].text.split()) <= 20 for row in map(Rows(out).__getitem__, range(9)))
 
@@ -358,19 +324,16 @@ def test_random_documents_fill_a_row(tmp_path, capsys, count, candidates):
     assert len({frozenset(row[1:]) for row in rows}) == 3, "each question draws its own"
 
 
-@pytest.mark.parametrize("recipe", ["next", "rest", "blank"])
-def test_random_passages_of_text_hold_no_target(tmp_path, recipe):
+def test_random_passages_of_text_hold_no_target(tmp_path):
     """Of 66 documents 60 hold it, and still the other six are found."""
     same = (
         "Brother Anselm kept bees in the garden of the abbey. The garden of the abbey feeds Brother Anselm."
     )
     texts = [f"{same} Zq{i}." for i in range(60)] + [f"Unrelated{i} stuff{i}." for i in range(6)]
+    texts = [text.replace("Brother Anselm", "brother Anselm9") for text in texts]  # rare: it has a digit
     path, out = tmp_path / "corpus.jsonl", tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"_id": str(i), "text": t}) + "\n" for i, t in enumerate(texts)))
-    command = ["--from-text", recipe, "--corpus", str(path), "--candidates", "7", "--out", str(out)]
-    if recipe == "blank":  # rare: a name of at most two passages
-        path.write_text(path.read_text().replace("Brother Anselm", "brother Anselm9"))
-    assert main(command) == 0
+    assert main(["--from-text", "--corpus", str(path), "--candidates", "7", "--out", str(out)]) == 0
     rows = Rows(out)
     assert len(rows) == 60
     for row in (rows[i] for i in range(0, 60, 9)):
@@ -383,7 +346,7 @@ def test_random_passages_of_text_hold_no_target(tmp_path, recipe):
 def test_limit_and_groups(tmp_path, capsys):
     out = tmp_path / "rows.jsonl"
     path = str(corpus(tmp_path))
-    assert main(["--from-text", "next", "--limit", "3", "--corpus", path, "--out", str(out)]) == 0
+    assert main(["--from-text", "--limit", "3", "--corpus", path, "--out", str(out)]) == 0
     assert "out of 3 passages" in capsys.readouterr().out
     assert main(["--groups", "4", "--corpus", path, "--out", str(out)]) == 0
     assert "for train --objective revela; train needs at least 10\n" in capsys.readouterr().out
@@ -396,10 +359,10 @@ def test_limit_and_groups(tmp_path, capsys):
     "flags, told",
     [
         ("--corpus c", "give one of --questions FILE, --from-text"),
-        ("--corpus c --from-text next --groups 4", "give one of --questions FILE, --from-text"),
+        ("--corpus c --from-text --groups 4", "give one of --questions FILE, --from-text"),
         ("--corpus c --questions train.json", "--questions train.json: a .json file is SQuAD's"),
         ("--questions q.jsonl", "--corpus PATH is missing"),
-        ("--from-text next", "--corpus PATH is missing"),
+        ("--from-text", "--corpus PATH is missing"),
         ("--questions train.json --window 1", "--window: 1 is not at least 2"),
     ],
 )
@@ -424,7 +387,7 @@ def test_from_one_public_file_to_a_trained_retriever(tmp_path, capsys):
 def test_no_question_in_the_text(tmp_path, capsys):
     path = tmp_path / "corpus.jsonl"
     path.write_text(json.dumps({"_id": "a", "title": "", "text": "Short."}) + "\n")
-    assert main(["--from-text", "next", "--corpus", str(path), "--out", str(tmp_path / "r")]) == 2
+    assert main(["--from-text", "--corpus", str(path), "--out", str(tmp_path / "r")]) == 2
     assert f"{path}: no questions" in capsys.readouterr().err
 
 

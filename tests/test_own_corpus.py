@@ -97,7 +97,7 @@ def test_only_the_same_goes_on(texts, tmp_path, commands, capsys):
     assert "run: was begun with --steps 2;" in refused()
     assert f"with --judge {ROOT / 'demo' / 'checkpoint'};" in refused("--steps", "2", "--judge", "owner/name")
     (texts / "note_0.txt").write_text("something else")
-    assert "with other texts or another --recipe;" in refused("--steps", "2")
+    assert "with other texts;" in refused("--steps", "2")
 
 
 def test_folders_are_the_callers(texts, tmp_path, commands, monkeypatch):

@@ -3,7 +3,7 @@
     python -m tools.mine --questions train-v1.1.json --window 45 --out rows.jsonl
     python -m tools.mine --corpus corpus.jsonl --questions questions.jsonl --out rows.jsonl
     python -m tools.mine --corpus corpus.jsonl --questions questions.jsonl --by runs/a --out again.jsonl
-    python -m tools.mine --corpus corpus.jsonl --from-text rest --out rows.jsonl
+    python -m tools.mine --corpus corpus.jsonl --from-text --window 45 --out rows.jsonl
     python -m tools.mine --corpus corpus.jsonl --groups 16 --out groups.jsonl
 
 A question is a JSON object a line, {"query", "answers", "passage_id": optional}, or one of SQuAD's .json,
@@ -14,10 +14,9 @@ choose them. It ends with how many targets the judge will find in a candidate as
 --window cuts documents into windows of so many words. The source is the best window of its passage that holds
 the answer. The others come from other passages, at most one of each, and do not hold it.
 
---from-text cuts documents into passages of whole sentences and draws a question from each. "next": a sentence
-asks, the one after it is the target, and the passage is shown without the one that asks. "rest": the first
-words of a sentence ask for its last third. "blank": a sentence asks for a name, number or rare phrase taken
-out of it, and the passage is shown whole. --groups writes rows of consecutive passages, for Revela.
+--from-text cuts documents into passages of whole sentences. A sentence of each asks for a name, number or
+rare phrase that is taken out of it. The other candidates do not hold it, and come from other documents if
+there are enough. --groups writes rows of consecutive passages, for Revela.
 """
 
 import argparse
@@ -25,7 +24,6 @@ import json
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -121,12 +119,11 @@ def mine(args: argparse.Namespace) -> None:
     if args.groups:
         return write_groups(corpus, out, args.groups)
     if args.from_text:
-        questions = text_questions(corpus, args.from_text, args.limit, args.seed)
+        questions = text_questions(corpus, args.limit, args.seed)
     if not questions:
         raise InputError(f"{args.questions or args.corpus}: no questions")
-    recipe = args.from_text or ("window" if args.window else None)
-    # Some hits are the source, or have a text that is there already; these two recipes pass over many.
-    wanted = 12 * args.candidates if recipe in ("window", "blank") else args.candidates + 4
+    # Some hits are the source, or have a text that is there already; parts of documents pass over many.
+    wanted = 12 * args.candidates if cut else args.candidates + 4
     found = search(corpus, [q.query for q in questions], min(wanted, len(corpus)), args)
     without = 0
     with writing(out) as file:
@@ -135,7 +132,7 @@ def mine(args: argparse.Namespace) -> None:
             if question.passage is None and not best:
                 without += 1
                 continue
-            candidates = candidate_documents(question, best, corpus, recipe, args.candidates, args.seed)
+            candidates = candidate_documents(question, best, corpus, args, cut is not None)
             row: dict = {"query": question.query, "target": question.target, "source": question.source}
             row["documents"] = [{"title": d.title, "text": d.text} for d in candidates]
             row |= {} if question.passage is None else {"positive": 0}
@@ -157,15 +154,16 @@ def search(corpus: Corpus, queries: list[str], k: int, args: argparse.Namespace)
 
 
 def candidate_documents(
-    question: Question, hits: list[int], corpus: Corpus, recipe: str | None, count: int, seed: int
+    question: Question, hits: list[int], corpus: Corpus, args: argparse.Namespace, cut: bool
 ) -> list[Document]:
-    """A question's candidates, `count` if the corpus has as many, each text once.
+    """A question's candidates, --candidates if the corpus has as many, each text once.
 
     The source comes first, where it is known; with windows it is the best one that holds the target, by BM25
-    among themselves if none is a hit. Then the passage's neighbours ("next" and "rest"), the hits, and random
-    documents. In rows from text or of windows, no other than the source holds the target.
+    among themselves if none is a hit. Then the hits, and random documents. cut: the corpus consists of parts
+    of documents; then none but the source holds the target or is of its document (of text alone: unless
+    there are too few others), and windows are of one document each.
     """
-    passage, near, found = question.passage, list[int](), dict[Document, None]()
+    passage, found = question.passage, dict[Document, None]()
     if question.windows:
         passage = next((number for number in hits if number in question.windows), None)
         if passage is None:
@@ -173,28 +171,21 @@ def candidate_documents(
             passage = question.windows[max(index.search([question.query], 1)[1].item(), 0)]
     taken = set[str]()  # documents of which no other part may come
     if passage is not None:
-        source = corpus[passage][1]
-        found[source if question.shown is None else replace(source, text=question.shown)] = None
-        if recipe in ("blank", "window"):
+        found[corpus[passage][1]] = None
+        if cut:
             taken.add(document_of(corpus, passage))
-        elif recipe:
-            near = [number for number in (passage - 1, passage + 1) if 0 <= number < len(corpus)]
-            near = [number for number in near if document_of(corpus, number) == document_of(corpus, passage)]
-    drawn_by = f"{seed} {question.query if question.shown is None else passage}"
-    for number in chain(near, hits, at_random(len(corpus), drawn_by)):
-        if len(found) == count:
-            break
-        document, owner = corpus[number][1], document_of(corpus, number)
-        told = False  # whether it gives the target away
-        if recipe in ("next", "rest"):
-            told = question.target in document.text or question.query in document.text
-        elif recipe in ("blank", "window") and passage is not None:
-            told = holds(document.full_text, question.target)
-        if number == passage or not document.full_text or told or owner in taken:
-            continue
-        found[document] = None
-        if recipe == "window":
-            taken.add(owner)
+    for own_too in (False, True)[: 1 + args.from_text]:
+        for number in chain(hits, at_random(len(corpus), f"{args.seed} {question.query}")):
+            if len(found) == args.candidates:
+                return list(found)
+            document, owner = corpus[number][1], document_of(corpus, number)
+            told = cut and passage is not None and holds(document.full_text, question.target)
+            barred = owner in taken and not own_too
+            if number == passage or not document.full_text or told or barred:
+                continue
+            found[document] = None
+            if cut and not args.from_text:
+                taken.add(owner)
     return list(found)
 
 
@@ -257,8 +248,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--questions", metavar="FILE", help=asked)
     window = "candidates are windows of so many words, the source around its answer; of text: whole sentences"
     add("--window", type=limited(int, 2, 10**9), metavar="WORDS", help=window)
-    asked = "no questions: a sentence asks for the next, for its rest, or for a phrase blanked out of it"
-    add("--from-text", choices=["next", "rest", "blank"], help=asked)
+    asked = "no questions: a sentence of each passage asks for a phrase blanked out of it"
+    add("--from-text", action="store_true", help=asked)
     add("--groups", type=count, metavar="N", help="no questions: rows of N consecutive passages, for Revela")
     add("--out", required=True, metavar="FILE", help="where the rows are written")
     add("--by", default="bm25", help="who finds candidates: bm25, or an embedder (default: %(default)s)")
@@ -276,7 +267,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--dtype", help="for --by: auto, float32, bfloat16, float16 (default: auto)")
     args = parser.parse_args(argv)
     if sum(map(bool, (args.questions, args.from_text, args.groups))) != 1:
-        parser.error("give one of --questions FILE, --from-text next|rest|blank, --groups N")
+        parser.error("give one of --questions FILE, --from-text, --groups N")
     squad = (args.questions or "").endswith(".json")
     if squad and args.corpus:
         told = "a .json file is SQuAD's, and its paragraphs are the corpus: leave out --corpus"

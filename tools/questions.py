@@ -24,7 +24,6 @@ class Question:
     target: str
     source: str  # what the report counts it under
     passage: int | None  # number of the document asked about, where it is known
-    shown: str | None = None  # of a question from text: its passage as a candidate shows it
     windows: list[int] = field(default_factory=list)  # those of its passage that hold the target
 
 
@@ -69,39 +68,6 @@ def holds(text: str, phrase: str) -> bool:
     return re.search(rf"(?<!\w){pattern}(?!\w)", text, re.IGNORECASE) is not None
 
 
-def text_question(text: str, recipe: str, *seed: int) -> tuple[str, str, str] | None:
-    """A query and a target out of a passage, and the passage as a candidate may show it; None if it has none.
-
-    "next": a sentence asks, the sentence after it is the target, and the passage shows all but the one that
-    asks. "rest": the first words of a sentence ask, its last third (up to eight words) is the target, and the
-    passage stays whole. Which sentence is drawn by the seed. A target that the query gives away (it occurs
-    there, or they share four words in a row) is passed over.
-    """
-    parts = sentences(text)
-    for number in shuffled(len(parts), *seed):
-        words = parts[number].split()
-        if recipe == "next" and number + 1 < len(parts):
-            query, target = parts[number], parts[number + 1]
-            shown = " ".join(part for part in parts if part != parts[number])
-        elif recipe == "rest":
-            cut = len(words) - min(max(len(words) // 3, 1), 8)
-            query, target, shown = " ".join(words[:cut]), " ".join(words[cut:]), text
-        else:
-            continue
-        if len(query.split()) >= 4 and not _gives_away(query, target):
-            return query, target, shown
-    return None
-
-
-def _gives_away(query: str, target: str) -> bool:
-    query_words, target_words = (re.findall(r"\w+", text.lower()) for text in (query, target))
-    size = min(4, len(target_words))
-    runs = {tuple(query_words[i : i + size]) for i in range(len(query_words) - size + 1)}
-    return not size or any(
-        tuple(target_words[i : i + size]) in runs for i in range(len(target_words) - size + 1)
-    )
-
-
 def rare_phrases(sentence: str, counts: Counter[str], limit: int) -> list[tuple[int, int]]:
     """Where up to four rare words stand in a row, (start, end), rarest first.
 
@@ -120,8 +86,8 @@ def rare_phrases(sentence: str, counts: Counter[str], limit: int) -> list[tuple[
     return [(run[0].start(), run[-1].end()) for run in runs]
 
 
-def blank_question(text: str, counts: Counter[str], limit: int, *seed: int) -> tuple[str, str, str] | None:
-    """A query and a target out of a passage, and the passage, which is shown whole; None if it has none.
+def blank_question(text: str, counts: Counter[str], limit: int, *seed: int) -> tuple[str, str] | None:
+    """A query and a target out of a passage; None if it has none.
 
     The target is the rarest phrase of a sentence, the query the words around it, with "what" in its place.
     Which sentence is drawn by the seed. (Salient spans as in REALM, 2002.08909; cloze questions as in Lewis
@@ -135,28 +101,22 @@ def blank_question(text: str, counts: Counter[str], limit: int, *seed: int) -> t
             query = " ".join([*before, "what", *after[: AROUND - len(before)]])
             query = re.sub(r"\s+([,;:.!?)])", r"\1", query).strip(" .,;:!?") + "?"
             if len(query.split()) >= 5 and not holds(query, target):
-                return query, target, text
+                return query, target
     return None
 
 
-def text_questions(corpus: Corpus, recipe: str, limit: int | None, seed: int) -> list[Question]:
-    """One question for each passage that has one, by a recipe of `--from-text`; of `limit` passages."""
+def text_questions(corpus: Corpus, limit: int | None, seed: int) -> list[Question]:
+    """A question for each passage of a corpus, or for `limit` of them, where there is one."""
     counts = Counter[str]()  # in how many passages each word occurs
     rare = max(round(RARE * len(corpus)), 2)
-    if recipe == "blank":
-        for _, document in corpus:
-            counts.update({word.lower() for word in WORD.findall(document.text)})
+    for _, document in corpus:
+        counts.update({word.lower() for word in WORD.findall(document.text)})
     chosen = shuffled(len(corpus), seed)[:limit] if limit else range(len(corpus))
     questions = []
     for number in progress(sorted(chosen), desc="questions", unit="passage"):
-        text = corpus[number][1].text
-        if recipe == "blank":
-            drawn = blank_question(text, counts, rare, seed, number)
-        else:
-            drawn = text_question(text, recipe, seed, number)
+        drawn = blank_question(corpus[number][1].text, counts, rare, seed, number)
         if drawn is not None:
-            query, target, shown = drawn
-            questions.append(Question(query, target, "text", number, shown))
+            questions.append(Question(*drawn, "text", number))
     print(f"{len(questions):,} questions out of {len(chosen):,} passages")
     return questions
 
