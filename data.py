@@ -380,6 +380,7 @@ class Objective(ABC):
     documents_only = False  # rows need no query and no target
     flags = ""  # those that only some objectives read, and this one does
     one_hot = False  # the weights are meant to be: no warning about the temperature
+    in_batch_negatives = False  # the other rows' documents share the softmax
     together: int  # groups in a piece
 
     def check(self, rows: Rows, usable: list[int]) -> None:  # noqa: B027, nothing to check is the rule
@@ -404,8 +405,9 @@ class Objective(ABC):
     def loss(self, piece: Piece, log_weights: Tensor, embeddings: Tensor, batch: Batch) -> Tensor:
         """The loss of each of a piece's rows, (B,).
 
-        log_weights (B, N): log_softmax(cosine / tau), -inf where there is no candidate; embeddings (U, C): of
-        all the batch's texts, unit vectors. The gradient flows into both.
+        log_weights (B, N): log_softmax(cosine / tau), -inf where there is no candidate; with in-batch
+        negatives their weights add up to less than 1. embeddings (U, C): of all the batch's texts, unit
+        vectors. The gradient flows into both.
         """
 
 

@@ -76,7 +76,7 @@ from formats.embedders import (
 from formats.templates import read_template
 from model import PROJECTIONS, CausalLM, Embedder, add_lora, learns, target_loss
 from related.aside import score_aside, split_rows
-from related.infonce import InfoNCE
+from related.infonce import InBatch, InfoNCE
 from related.qrhead import Reader, read_heads, select_heads
 from related.replug import Replug
 from related.revela import Revela
@@ -100,13 +100,13 @@ class Dream(Objective):
 
     temperature = 0.1
     flags = "judge judge_template judge_context max_target judge_batch judge_lora judge_lr "
-    flags += "heads num_heads detect_rows calibrate inject_rows document_mass"
+    flags += "heads num_heads detect_rows calibrate inject_rows document_mass in_batch_negatives"
     judge_may_learn = True
     heads: dict[int, Tensor]
 
-    def __init__(self, reader: Reader, which: str = "top", num_heads: int = 0, judge_name: str = ""):
+    def __init__(self, reader: Reader, which="top", num_heads=0, judge_name="", in_batch_negatives=False):
         """which, num_heads, judge_name: as in related.qrhead.select_heads."""
-        self.reader, self.together = reader, reader.batch
+        self.reader, self.together, self.in_batch_negatives = reader, reader.batch, in_batch_negatives
         self.which, self.num_heads, self.judge_name = which, num_heads, judge_name
 
     def choose(self, aside: list[Row]) -> dict:
@@ -117,6 +117,8 @@ class Dream(Objective):
         self.heads = head_tensors(heads, self.reader.device)
 
     def check(self, rows: Rows, usable: list[int]) -> None:
+        if self.in_batch_negatives and not self.reader.keep_budget:
+            raise InputError("--in-batch-negatives has no effect with --document-mass full; leave one out")
         check_prompts(rows, self.reader.builder)
 
     def prepare(self, rows: list[Row], seed: tuple[int, ...]) -> list[tuple[Any, int]]:
@@ -174,7 +176,7 @@ class Settings:
     document_mass: str = flag("keep", "full: documents get all attention", choices=("keep", "full"))
     objective: str = flag("dream", "what teaches the retriever", "the objective", choices=tuple(OBJECTIVES))
     temperature: float = flag(0.0, "tau of softmax(cosine / tau) (default: the objective's)", above=True)
-    in_batch_negatives: bool = flag(False, "infonce: other queries' documents count too")
+    in_batch_negatives: bool = flag(False, "dream, infonce: other queries' documents count too")
     judge_temperature: float = flag(0.1, "replug: beta of softmax(log p / beta)", above=True)
     target_likelihood: str = flag("mean", "replug: log p of a token, or of all", choices=("mean", "sum"))
     kl: str = flag("forward", "replug: KL(P || Q), or KL(Q || P)", choices=("forward", "reverse"))
@@ -299,6 +301,7 @@ def training_step(
     known and in how many rows it is, document tokens that prompts cut, tokens of the retriever, and of all.
     """
     texts, device = TwoPasses(retriever, batch.token_ids, retriever_batch, seed), retriever.device
+    in_batch = InBatch(texts.embeddings, batch) if objective.in_batch_negatives else None
     names = ["loss", "effective_candidates", "positive_weight", "labelled", *COUNTS]
     stats = {name: torch.zeros((), device=device) for name in names}
     for piece in batch.pieces:
@@ -306,13 +309,16 @@ def training_step(
         queries, candidates, present, positives = (to_device(part, device) for part in parts)
         scores = torch.einsum("bc,bnc->bn", texts.embeddings[queries], texts.embeddings[candidates])
         log_weights = log_softmax_scores(scores, present, temperature)  # (B, N)
-        loss = objective.loss(piece, log_weights, texts.embeddings, batch).sum()
+        share = in_batch.log_share(scores, present, queries, candidates, temperature) if in_batch else 0.0
+        loss = objective.loss(piece, log_weights + share, texts.embeddings, batch).sum()
         (loss / len(batch.indices)).backward()
         with torch.no_grad():
             stats["loss"] += loss
             stats["effective_candidates"] += effective_candidates(log_weights, present).sum()
             stats["positive_weight"] += log_weights[positives[:, 0], positives[:, 1]].exp().sum()
         stats["labelled"] += len(piece.positives)
+    if in_batch:
+        in_batch.backward()
     texts.backward()
     stats["document_tokens_cut"] += batch.tokens_cut
     stats["retriever_tokens"] += sum(map(len, batch.token_ids))
@@ -452,21 +458,22 @@ def build_objective(settings: Settings, models: Models, device: torch.device) ->
     """The one place that asks which objective it is."""
     together = settings.judge_batch
     if models.judge is None or models.builder is None:
-        return InfoNCE(settings.temperature, settings.in_batch_negatives)
+        return InfoNCE(settings.in_batch_negatives)
     read = models.judge, models.builder
     if settings.objective == "replug":
         return Replug(*read, together, settings.judge_temperature, settings.target_likelihood, settings.kl)
     if settings.objective == "revela":
         return Revela(*read, models.retriever, together, settings.group_size, settings.normalise_values)
     reader = make_reader(settings, *read, device)
-    return Dream(reader, settings.heads, settings.num_heads, settings.judge)
+    how = settings.num_heads, settings.judge, settings.in_batch_negatives
+    return Dream(reader, settings.heads, *how)
 
 
 def make_reader(settings: Settings, judge: CausalLM, builder: PromptBuilder, device: torch.device) -> Reader:
     keep = settings.document_mass == "keep"
     reader = Reader(judge, builder, device, settings.judge_batch, settings.inject_rows, keep)
-    reader.detect_rows, reader.calibrate = settings.detect_rows, settings.calibrate
-    reader.seed = settings.seed
+    how = settings.detect_rows, settings.calibrate, settings.seed
+    reader.detect_rows, reader.calibrate, reader.seed = how
     return reader
 
 

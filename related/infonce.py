@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attention import exact
+from attention import log_softmax_scores
 from data import Batch, Objective, Piece, Row, Rows, to_device
 from support.files import InputError
 from support.launch import join_processes
@@ -23,8 +23,8 @@ class InfoNCE(Objective):
     needs_judge = False
     flags = "in_batch_negatives"
 
-    def __init__(self, temperature: float, in_batch_negatives: bool = False, together: int = 1 << 30):
-        self.tau, self.in_batch_negatives, self.together = temperature, in_batch_negatives, together
+    def __init__(self, in_batch_negatives: bool = False, together: int = 1 << 30):
+        self.in_batch_negatives, self.together = in_batch_negatives, together
 
     def check(self, rows: Rows, usable: list[int]) -> None:
         for index in progress(usable, desc="check", unit="row", hidden=len(rows) < 50_000):
@@ -39,19 +39,38 @@ class InfoNCE(Objective):
 
     def loss(self, piece: Piece, log_weights: Tensor, embeddings: Tensor, batch: Batch) -> Tensor:
         positives = to_device(piece.positives[:, 1:], log_weights.device)  # (B, 1): every row has one
-        if not self.in_batch_negatives:
-            return -log_weights.gather(1, positives)[:, 0]
-        device = log_weights.device
-        queries, candidates, own = (
-            to_device(x, device) for x in (piece.queries, piece.candidates, batch.digests)
-        )
-        relevant = own[candidates.gather(1, positives) - batch.num_queries]  # (B, 1), the text's digest
-        documents = gather_rows(embeddings[batch.num_queries :])  # (M, C)
-        digests = gather_rows(own[:, None])[:, 0]  # (M,)
-        repeated = (digests[:, None] == digests).tril(-1).any(1)  # (M,), the first of equal texts stays
-        logits = exact(embeddings[queries] @ documents.T) / self.tau  # (B, M)
-        target = (digests == relevant).int().argmax(1)  # (B,), the first that equals it
-        return F.cross_entropy(logits.masked_fill(repeated, -torch.inf), target, reduction="none")
+        return -log_weights.gather(1, positives)[:, 0]
+
+
+class InBatch:
+    """In-batch negatives: a row's softmax is over its candidates and all other documents of the step."""
+
+    def __init__(self, embeddings: Tensor, batch: Batch):
+        """embeddings: (U, C), of the batch's texts, a leaf."""
+        self.embeddings, self.num_queries = embeddings, batch.num_queries
+        self.own = to_device(batch.digests, embeddings.device)  # (D,)
+        self.gathered = gather_rows(embeddings[batch.num_queries :])  # (M, C), of all processes
+        # A leaf: here the pieces' gradients add up, and processes exchange them once.
+        self.documents = self.gathered.detach().requires_grad_()
+        self.digests = gather_rows(self.own[:, None])[:, 0]  # (M,)
+        self.first = ~(self.digests[:, None] == self.digests).tril(-1).any(1)  # (M,), of equal texts
+
+    def log_share(
+        self, scores: Tensor, present: Tensor, queries: Tensor, candidates: Tensor, temperature: float
+    ) -> Tensor:
+        """log of the weight that a row's own candidates have together, (B, 1).
+
+        scores, present: (B, N); queries (B,), candidates (B, N): their numbers among the batch's texts.
+        """
+        digests = self.own[candidates - self.num_queries]  # (B, N)
+        others = self.first & (digests[..., None] != self.digests).all(1)  # (B, M)
+        scores = torch.cat([scores, self.embeddings[queries] @ self.documents.T], 1)
+        log_weights = log_softmax_scores(scores, torch.cat([present, others], 1), temperature)
+        return log_weights[:, : present.shape[1]].logsumexp(1, keepdim=True)
+
+    def backward(self) -> None:
+        """Send the documents' gradient on to the embeddings."""
+        self.gathered.backward(self.documents.grad)
 
 
 class _GatherRows(torch.autograd.Function):

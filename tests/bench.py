@@ -206,7 +206,7 @@ class Real:
         self.models = dream.build_models(self.settings, world.device, world.dtype, None)
         self.retriever, self.judge, self.builder = vars(self.models).values()
         self.dream = dream.build_objective(self.settings, self.models, world.device)
-        self.infonce = InfoNCE(self.settings.temperature)
+        self.infonce = InfoNCE()
         self.reader = self.dream.reader
         with contextlib.redirect_stderr(io.StringIO()):
             heads = choose_heads(score_heads(self.reader, self.head_rows[:8])[0], "top", 16, 0)

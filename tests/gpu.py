@@ -346,7 +346,7 @@ def memory(args) -> list[Line] | str:
     found = embedder.encode(texts, "document", 10**9)
     lines = [difference("a batch is halved: embeddings", [found], [expected], 1e-4)]
     decoder.requires_grad_()
-    settings, objective = dream.Settings(temperature=0.05), InfoNCE(0.05)
+    settings, objective = dream.Settings(temperature=0.05), InfoNCE()
     optimizer = dream.make_optimizer(dream.Models(embedder, None, None).parameters(), settings)
     batch = dream.prepare(embedder, objective, training_rows(32, 400), (0, 0))
     try:
@@ -484,8 +484,8 @@ def speed(args, figures) -> list[Line]:
 
     number, whole = 2 if args.quick else 16, dict(judge_batch=16, retriever_batch=128)
 
-    steps("InfoNCE step, default batches", InfoNCE(0.05), number)
-    steps("InfoNCE step, one batch", InfoNCE(0.05), number, **whole)
+    steps("InfoNCE step, default batches", InfoNCE(), number)
+    steps("InfoNCE step, one batch", InfoNCE(), number, **whole)
     judge = network(figures, args, dtype)
     builder = PromptBuilder(word_tokenizer(), 4096, 16, "Read: {documents} {query} {target}")
 

@@ -27,7 +27,8 @@ def softmax_attention(q, k, v, visible):
 
 def equations(weights, spans, first_row, heads, keep_budget=True):
     """The reference, a change of attention over one whole prompt without a cache: for each selected head and
-    each row from first_row on, a'_tj = M_t w_i a_tj / sum_{S_i} a_tj. weights (N,)."""
+    each row from first_row on, a'_tj = M_t w_i a_tj / sum_{S_i} a_tj. weights (N,); where they add up to less
+    than 1, the other keys get more."""
 
     def change(out, q, k, v, visible, layer):
         logits = q[0] @ k[0].repeat_interleave(q.shape[1] // k.shape[1], 0).mT / math.sqrt(q.shape[-1])
@@ -38,7 +39,7 @@ def equations(weights, spans, first_row, heads, keep_budget=True):
             new, budget = (a.clone(), sum(inside)) if keep_budget else (torch.zeros_like(a), 1.0)
             for (s, e), w, mass in zip(spans, weights, inside, strict=True):
                 new[:, s:e] = budget * w * a[:, s:e] / mass
-            maps[head] = torch.cat([before, new])
+            maps[head] = torch.cat([before, new / new.sum(-1, keepdim=True)])
         return (torch.stack(maps) @ v[0].repeat_interleave(q.shape[1] // k.shape[1], 0))[None]
 
     return change

@@ -43,7 +43,7 @@ def step(retriever, objective, rows, retriever_batch=3, judge=None, temperature=
     return sums, [parameter.grad for parameter in parameters(retriever, judge)]
 
 
-def plain_step(judge, retriever, builder, rows, inject_rows="target", keep_budget=True):
+def plain_step(judge, retriever, builder, rows, inject_rows="target", keep_budget=True, in_batch=False):
     """The slow twin: every text alone, every prompt whole, attention by the equations' loop, one graph."""
     loss, effective, weight = 0.0, 0.0, 0.0
     for row in rows:
@@ -52,8 +52,13 @@ def plain_step(judge, retriever, builder, rows, inject_rows="target", keep_budge
         texts = [document.full_text for document in row.documents]
         embedded = torch.cat([retriever.embed(retriever.tokenize([text], "document")) for text in texts])
         weights = (query @ embedded.T / TEMPERATURE).softmax(-1)[0]
+        given = weights
+        if in_batch:
+            others = {d.full_text for other in rows for d in other.documents} - {*texts}
+            more = torch.cat([retriever.embed(retriever.tokenize([t], "document")) for t in sorted(others)])
+            given = (query @ torch.cat([embedded, more]).T / TEMPERATURE).softmax(-1)[0, : len(texts)]
         first = prompt.target_start - 1 if inject_rows == "target" else prompt.question_start
-        change, ids = equations(weights, prompt.spans, first, HEADS, keep_budget), prompt.input_ids
+        change, ids = equations(given, prompt.spans, first, HEADS, keep_budget), prompt.input_ids
         logits = judge.lm_head(judge.model(torch.tensor([ids]), change=change))[
             0, prompt.target_start - 1 : -1
         ]
@@ -92,6 +97,23 @@ def test_step_equals_one_plain_graph(tmp_path, inject_rows, document_mass):
         found = step(retriever, objective, rows, retriever_batch)
         assert_equal(found, expected)
         assert found[0]["labelled"] == 4 and found[0]["tokens"] > found[0]["retriever_tokens"] > 0
+
+
+@pytest.mark.usefixtures("way")
+def test_other_rows_documents_take_weight(tmp_path):
+    """With --in-batch-negatives the softmax is over all documents of the step, each text once."""
+    judge, retriever, builder, rows = world(tmp_path)
+    rows[2].documents[1] = rows[0].documents[2]
+    rows[1].positive, rows[2].positive = 4, None
+    expected = plain_step(judge, retriever, builder, rows, in_batch=True)
+    for judge_batch in (2, 100):
+        retriever.zero_grad()
+        objective = dream_objective(judge, builder, batch=judge_batch)
+        objective.in_batch_negatives = True
+        assert_equal(step(retriever, objective, rows), expected)
+    alone = plain_step(judge, retriever, builder, rows[:1], in_batch=False)
+    retriever.zero_grad()
+    assert_equal(step(retriever, objective, rows[:1]), alone)
 
 
 def test_dropout_is_replayed_in_the_second_pass(tmp_path, monkeypatch):

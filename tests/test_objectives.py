@@ -15,7 +15,7 @@ import dream
 from data import Row
 from model import apply_rope, rope_frequencies
 from related import infonce
-from related.infonce import InfoNCE
+from related.infonce import InBatch, InfoNCE
 from related.replug import Replug
 from related.revela import CrossDocument, Revela, first_half, revela_groups
 from support.launch import CPU
@@ -51,13 +51,13 @@ def test_infonce_equals_its_equation(tmp_path, in_batch):
     expected = mean(losses, parameters(retriever))
     for together in (1 << 30, 2):
         retriever.zero_grad()
-        assert_equal(step(retriever, InfoNCE(TEMPERATURE, in_batch, together), rows), expected)
+        assert_equal(step(retriever, InfoNCE(in_batch, together), rows), expected)
 
 
-def test_infonce_counts_a_text_of_several_processes_once(tmp_path, monkeypatch):
+def test_in_batch_negatives_count_a_text_of_several_processes_once(tmp_path, monkeypatch):
     _, retriever, _, rows = world(tmp_path)
     rows[2].documents[1] = rows[3].documents[2] = rows[1].documents[0]  # also rows[1]'s positive
-    objective = InfoNCE(TEMPERATURE, True)
+    objective = InfoNCE(True)
     batches = [dream.prepare(retriever, objective, rows, (0,), rank, 2) for rank in (0, 1)]
     embedded = [retriever.embed(batch.token_ids) for batch in batches]
 
@@ -71,11 +71,13 @@ def test_infonce_counts_a_text_of_several_processes_once(tmp_path, monkeypatch):
     passages = torch.stack([embed(retriever, text) for text in texts])
     for batch, embeddings in zip(batches, embedded, strict=True):
         (piece,) = batch.pieces
-        losses = objective.loss(piece, torch.zeros(piece.present.shape), embeddings, batch)
-        for row, loss in zip(piece.rows, losses, strict=True):
-            scores = passages @ embed(retriever, row.query, "query") / TEMPERATURE
-            expected = scores.logsumexp(0) - scores[texts.index(row.documents[0].full_text)]
-            torch.testing.assert_close(loss, expected, rtol=0, atol=1e-10)
+        scores = torch.einsum("bc,bnc->bn", embeddings[piece.queries], embeddings[piece.candidates])
+        how = scores, piece.present, piece.queries, piece.candidates, TEMPERATURE
+        shares = InBatch(embeddings, batch).log_share(*how)[:, 0]
+        for row, share in zip(piece.rows, shares, strict=True):
+            weights = (passages @ embed(retriever, row.query, "query") / TEMPERATURE).softmax(0)
+            own = [texts.index(text) for text in {document.full_text for document in row.documents}]
+            torch.testing.assert_close(share, weights[own].sum().log(), rtol=0, atol=1e-6)
 
 
 def test_infonce_needs_labels(tmp_path, capsys):
