@@ -72,7 +72,7 @@ class Injection:
     """What the scores of a batch need on their way through the judge: a change of its attention.
 
     All rows of the suffix over a cached prefix are injected; the documents are in the prefix.
-    log_weights: (B, N) float, log_softmax(scores / tau) over a query's candidates; -inf where there is none.
+    log_weights: (B, N) float, log w; -inf where there is no candidate. In-batch negatives take part of the 1.
     documents:   (B, P) int64, for each key of the prefix the document it belongs to, N for keys of none.
                  Later keys, the suffix's own, belong to no document.
     heads:       layer -> int64 tensor of its selected query heads.

@@ -43,7 +43,16 @@ class InfoNCE(Objective):
 
 
 class InBatch:
-    """In-batch negatives: a row's softmax is over its candidates and all other documents of the step."""
+    """In-batch negatives: a row's softmax is over its candidates and all other documents of the step.
+
+    InfoNCE tells the relevant one from all of them. DREAM's judge reads the row's candidates alone, and their
+    weights add up to W < 1. With M_t and a_tj of attention.py, where the softmax makes up for the rest:
+
+        a'_tj = M_t w_i a_tj / sum_{j' in S_i} a_tj' / Z_t     keys j of document i;  Z_t = 1 - M_t + M_t W
+        a'_tj = a_tj / Z_t                                     all other keys
+
+    So weight on other rows' documents is attention that the row's own lose: the loss rises where they help.
+    """
 
     def __init__(self, embeddings: Tensor, batch: Batch):
         """embeddings: (U, C), of the batch's texts, a leaf."""

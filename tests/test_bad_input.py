@@ -1113,6 +1113,12 @@ BAD = [
         TRAIN + " --dtype float16",
         "choose from 'auto', 'float32', 'bfloat16'",
     ),
+    bad(
+        "flag: in-batch negatives that change nothing",
+        NONE,
+        TRAIN + " --in-batch-negatives --document-mass full",
+        "--in-batch-negatives has no effect with --document-mass full",
+    ),
     bad("heads: a number", put("h.json", {"selected": 5}), TRAIN + " --heads h.json", "h.json", "'selected'"),
     bad(
         "heads: letters",

@@ -61,6 +61,7 @@ def launch(processes, script, *arguments):
 
 OBJECTIVES = {
     "dream": "",
+    "dream-in-batch": "--in-batch-negatives",  # three rows and two: two pieces and one
     "infonce": "--objective infonce --in-batch-negatives",
     "revela": "--objective revela --group-size 4 --temperature 0.1 --batch 12",
     "judge-lora": "--judge-lora --candidates 3 --steps 2",

@@ -46,7 +46,7 @@ OBJECTIVES = {  # what it is, how it teaches, and the settings that are its own
     "dream": (
         DREAM,
         "without labels, through the attention and the next-token loss of {}",
-        "judge_lora document_mass inject_rows",
+        "judge_lora document_mass inject_rows in_batch_negatives",
     ),
     "infonce": (
         "InfoNCE ([arXiv 1807.03748](https://arxiv.org/abs/1807.03748))",

@@ -122,7 +122,7 @@ def mine(args: argparse.Namespace) -> None:
         questions = text_questions(corpus, args.limit, args.seed)
     if not questions:
         raise InputError(f"{args.questions or args.corpus}: no questions")
-    # Some hits are the source, or have a text that is there already; parts of documents pass over many.
+    # Some hits are the source, or have a text that is there already; of cut documents many are passed over.
     wanted = 12 * args.candidates if cut else args.candidates + 4
     found = search(corpus, [q.query for q in questions], min(wanted, len(corpus)), args)
     without = 0
@@ -174,14 +174,16 @@ def candidate_documents(
         found[corpus[passage][1]] = None
         if cut:
             taken.add(document_of(corpus, passage))
-    for own_too in (False, True)[: 1 + args.from_text]:
+    for own_too in (False, True) if args.from_text else (False,):
         for number in chain(hits, at_random(len(corpus), f"{args.seed} {question.query}")):
             if len(found) == args.candidates:
                 return list(found)
-            document, owner = corpus[number][1], document_of(corpus, number)
+            owner = document_of(corpus, number)
+            if number == passage or (owner in taken and not own_too):
+                continue
+            document = corpus[number][1]
             told = cut and passage is not None and holds(document.full_text, question.target)
-            barred = owner in taken and not own_too
-            if number == passage or not document.full_text or told or barred:
+            if not document.full_text or told:
                 continue
             found[document] = None
             if cut and not args.from_text:
