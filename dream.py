@@ -104,7 +104,7 @@ class Dream(Objective):
     judge_may_learn = True
     heads: dict[int, Tensor]
 
-    def __init__(self, reader: Reader, which="top", num_heads=0, judge_name="", in_batch_negatives=False):
+    def __init__(self, reader: Reader, which: str, num_heads: int, judge_name: str, in_batch_negatives: bool):
         """which, num_heads, judge_name: as in related.qrhead.select_heads."""
         self.reader, self.together, self.in_batch_negatives = reader, reader.batch, in_batch_negatives
         self.which, self.num_heads, self.judge_name = which, num_heads, judge_name
