@@ -198,7 +198,7 @@ class Real:
         flags = ["train", "--train", rows, "--judge", model, "--retriever", model, "--candidates", "4"]
         flags += ["--max-length", "128", "--retriever-batch", "128", "--out", str(world.folder / "run")]
         self.settings = dream.parse_arguments(flags)
-        every, _, _ = dream.split_rows(self.settings)
+        every = Rows(self.settings.train, self.settings.candidates)
         drawn = (every[i] for i in shuffled(len(every), 0))
         usable = (row for row in drawn if row.positive is not None and len(row.documents) == 4)
         self.rows = list(islice(usable, world.size(STEP_ROWS)))
