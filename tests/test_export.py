@@ -155,10 +155,22 @@ def test_dtype(tmp_path, capsys, stated, asked, written):
     assert torch.cosine_similarity(embeddings(to)[0], embeddings(run)[0]).min() > 0.999
 
 
-def test_an_adapter_stays_float32(tmp_path):
-    to = tmp_path / "mine"
-    main([str(make_run(tmp_path)), "--to", str(to), "--format", "adapter", "--dtype", "bfloat16"])
-    assert dtypes(to / "adapter_model.safetensors") == {torch.float32}
+@pytest.mark.parametrize("dtype, written", [("auto", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_an_adapters_type(tmp_path, capsys, dtype, written):
+    run, to = make_run(tmp_path), tmp_path / "mine"
+    main([str(run), "--to", str(to), "--format", "adapter", "--dtype", dtype])
+    assert dtypes(to / "adapter_model.safetensors") == {written}
+    assert f"adapter, {str(written).removeprefix('torch.')}, " in capsys.readouterr().out
+    assert torch.cosine_similarity(embeddings(to)[0], embeddings(run)[0]).min() > 0.999
+
+
+def test_another_name_for_the_base(tmp_path, capsys):
+    """Trained from a local folder, published with the hub's name: in the adapter's files and in the card."""
+    run, to = make_run(tmp_path), tmp_path / "mine"
+    assert main([str(run), "--to", str(to), "--format", "adapter", "--base", "owner/base"]) == 0
+    assert json.loads((to / "adapter_config.json").read_text())["base_model_name_or_path"] == "owner/base"
+    assert "\nbase_model: owner/base\n" in (to / "README.md").read_text().split("---")[1]
+    assert "note:" not in capsys.readouterr().out
 
 
 def card_of(tmp_path, run, kind="merged", *flags):

@@ -234,8 +234,10 @@ def export(args: argparse.Namespace) -> None:
     if args.format != "adapter":
         merge_lora(embedder.decoder)
         stated = config.get("dtype") or config.get("torch_dtype")
-        dtype = (stated if stated in DTYPES else "float32") if args.dtype == "auto" else args.dtype
-        embedder.decoder.to(DTYPES[dtype])
+        dtype = stated if stated in DTYPES else "float32"
+    dtype = dtype if args.dtype == "auto" else args.dtype
+    embedder.decoder.to(DTYPES[dtype])
+    base = args.base or base
     card = model_card(embedder, source, base, args.format, args.name or to.name)
     temporary = to.with_name(f".{to.name}.tmp")
     try:
@@ -252,7 +254,7 @@ def export(args: argparse.Namespace) -> None:
     size = sum(file.stat().st_size for file in to.rglob("*") if file.is_file()) / 1e6
     print(f"written: {args.to}  {args.format}, {dtype}, {size:,.1f} MB")
     if Path(base).is_dir() and args.format == "adapter":
-        print("note: adapter_config.json names the base by a local path; to publish, put its hub name there")
+        print("note: adapter_config.json names the base by a local path; to publish, add --base OWNER/NAME")
     print(f"next: python eval.py --model {shlex.quote(args.to)} --dataset scifact")
 
 
@@ -263,7 +265,8 @@ def main(argv: list[str] | None = None) -> int:
     add("run", metavar="RUN", help="a run's folder (its best checkpoint), a checkpoint, or a PEFT adapter")
     add("--to", required=True, metavar="DIR", help="the folder to write")
     add("--format", required=True, choices=list(LIBRARIES), help="what it is to be loaded by")
-    add("--dtype", default="auto", choices=["auto", *DTYPES], help="auto: the base's; an adapter is float32")
+    add("--dtype", default="auto", choices=["auto", *DTYPES], help="auto: the base's, of an adapter float32")
+    add("--base", metavar="NAME", help="the base's name in the card and the adapter (default: as it was loaded)")
     add("--name", help="the retriever's name in its card, as owner/name (default: DIR's name)")
     add("--overwrite", action="store_true", help="replace the checkpoint that DIR holds")
     args = parser.parse_args(argv)
