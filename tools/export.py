@@ -266,7 +266,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--to", required=True, metavar="DIR", help="the folder to write")
     add("--format", required=True, choices=list(LIBRARIES), help="what it is to be loaded by")
     add("--dtype", default="auto", choices=["auto", *DTYPES], help="auto: the base's, of an adapter float32")
-    add("--base", metavar="NAME", help="the base's name in the card and the adapter (default: as it was loaded)")
+    add("--base", metavar="NAME", help="its base as it is to be published (default: as it was loaded)")
     add("--name", help="the retriever's name in its card, as owner/name (default: DIR's name)")
     add("--overwrite", action="store_true", help="replace the checkpoint that DIR holds")
     args = parser.parse_args(argv)
