@@ -24,6 +24,8 @@ from test_eval import write_beir
 from tiny import byte_tokenizer, make_rows, tiny_checkpoint
 
 from formats.catalogue import BEIR
+from formats.embedders import load_embedder, save_embedder
+from model import add_lora
 
 MODELS = ["Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-1.5B", "Qwen/Qwen2.5-1.5B-Instruct", "Qwen/Qwen3-Embedding-0.6B"]
 MODELS += ["HuggingFaceTB/SmolLM2-135M-Instruct"]
@@ -129,6 +131,9 @@ def test_every_command_of_the_pages_runs(place, tmp_path):
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
     tokenizer.save(str(folder / "tokenizer.json"))
+    retriever = load_embedder(folder, "cpu", "float32")
+    add_lora(retriever.decoder, 8, 16)
+    save_embedder(retriever, place / "studies" / "smollm2" / "adapter", MODELS[4])
     ran = 0
     with Loopback(repos=dict.fromkeys(MODELS, folder)) as hub:
         environment = {
