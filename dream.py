@@ -104,9 +104,9 @@ class Dream(Objective):
     judge_may_learn = True
     heads: dict[int, Tensor]
 
-    def __init__(self, reader: Reader, which: str, num_heads: int, judge_name: str, in_batch_negatives: bool):
+    def __init__(self, reader: Reader, which: str = "top", num_heads: int = 0, judge_name: str = ""):
         """which, num_heads, judge_name: as in related.qrhead.select_heads."""
-        self.reader, self.together, self.in_batch_negatives = reader, reader.batch, in_batch_negatives
+        self.reader, self.together = reader, reader.batch
         self.which, self.num_heads, self.judge_name = which, num_heads, judge_name
 
     def choose(self, aside: list[Row]) -> dict:
@@ -464,9 +464,9 @@ def build_objective(settings: Settings, models: Models, device: torch.device) ->
         return Replug(*read, together, settings.judge_temperature, settings.target_likelihood, settings.kl)
     if settings.objective == "revela":
         return Revela(*read, models.retriever, together, settings.group_size, settings.normalise_values)
-    reader = make_reader(settings, *read, device)
-    how = settings.num_heads, settings.judge, settings.in_batch_negatives
-    return Dream(reader, settings.heads, *how)
+    dream = Dream(make_reader(settings, *read, device), settings.heads, settings.num_heads, settings.judge)
+    dream.in_batch_negatives = settings.in_batch_negatives
+    return dream
 
 
 def make_reader(settings: Settings, judge: CausalLM, builder: PromptBuilder, device: torch.device) -> Reader:
