@@ -163,7 +163,7 @@ def test_the_kept_adapter_scores_as_its_card_says(smollm2, tmp_path):
     adapter = shutil.copytree(kept, tmp_path / "adapter")
     path = adapter / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": str(smollm2)}))
-    flags = "--split dev --max-length 128 --json scores.json".split()
+    flags = "--split dev --json scores.json".split()
     command("eval.py", "--model", adapter, "--dataset", smollm2.parent / "dev", *flags, cwd=tmp_path)
     results = json.loads((tmp_path / "scores.json").read_text())["results"]
     stated = float(re.search(r"\| dev \|.*\*\*(0\.\d+)\*\*", (kept / "README.md").read_text())[1])
