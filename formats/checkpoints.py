@@ -255,6 +255,21 @@ def load_tokenizer(folder: Path, config: Config) -> Tokenizer:
     return tokenizer
 
 
+def missing_bos(folder: Path) -> str:
+    """The BOS of a language model whose tokenizer does not add it, as text; "" where there is none to add.
+
+    Language models rest the attention that no word needs on the first token they read (attention sinks, arXiv
+    2309.17453), whichever it is. Where every text begins with a word of its own, training can push one such
+    word out of that role, and the gradients of texts that begin with it become hundreds of times too large
+    (measured in studies/smollm2).
+    """
+    config = read_config(folder / "config.json")
+    tokenizer, bos = load_tokenizer(folder, config), config.raw.get("bos_token_id")
+    token = tokenizer.id_to_token(bos) if isinstance(bos, int) and 0 <= bos < config.vocab_size else None
+    added, plain = (tokenizer.encode(f"{start}a").ids[:1] == [bos] for start in (token or "", ""))
+    return token if token and added and not plain else ""
+
+
 def make_builder(folder: Path, template: str, context: int = 0, max_target: int = 32) -> PromptBuilder:
     """The prompts of the judge in `folder`, in its own tokens; a BOS where its tokenizer puts one.
 

@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
-from formats.checkpoints import Checkpoint, broken, load_tokenizer, read_config, save_weights
+from formats.checkpoints import Checkpoint, broken, load_tokenizer, missing_bos, read_config, save_weights
 from model import PROJECTIONS, Decoder, Embedder, add_lora, lora_layers
 from support.files import InputError, inside, read_json, write_atomic
 from support.hub import HUB_NAME
@@ -135,16 +135,21 @@ def read_embedding_settings(folder: Path) -> dict:
 def as_saved(folder: Path, given: dict) -> dict:
     """The settings of a training that `given` leaves open, as the checkpoint in `folder` was saved with them.
 
-    max_length, query_prompt, document_prompt, append_eos; what is not the default is printed.
+    max_length, query_prompt, document_prompt, append_eos; what is not the default is printed. Texts of a
+    bare language model begin with its BOS, where its tokenizer does not add it.
     """
     saved, defaults = read_embedding_settings(folder), (512, "", "", False)
     own = {"max_length": saved["max_length"]}
     own |= {f"{kind}_prompt": saved["prompts"].get(kind, "") for kind in ("query", "document")}
     own |= {"append_eos": saved["append_eos"]}
+    how = f"as {folder} was saved"
+    if not any((folder / name).exists() for name in ("modules.json", "adapter_config.json")):
+        own |= dict.fromkeys(("query_prompt", "document_prompt"), missing_bos(folder))
+        how = "one token begins all texts and takes the attention that no word needs"
     own = {name: value for name, value in own.items() if given[name] in (0, None, False)}
     told = [f"{n}={v!r}" for (n, v) in own.items() if v not in defaults]
     if told:
-        print(f"as {folder} was saved: {', '.join(told)}", flush=True)
+        print(f"{how}: {', '.join(told)}", flush=True)
     return own
 
 
@@ -262,6 +267,7 @@ def save_embedder(embedder: Embedder, folder: Path, base: str = "") -> None:
     eos = tokenizer.id_to_token(embedder.decoder.config.eos_token_id or 0)
     special = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
     eos = eos if eos in special else next(iter(special), eos)
+    prompts = embedder.prompts
     files = {
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -272,8 +278,9 @@ def save_embedder(embedder: Embedder, folder: Path, base: str = "") -> None:
         },
         "sentence_bert_config.json": {"max_seq_length": embedder.max_length, "do_lower_case": False},
         "config_sentence_transformers.json": {
-            "prompts": embedder.prompts,
-            "default_prompt_name": None,
+            "prompts": prompts,
+            # What callers get who do not say whether a text is a query.
+            "default_prompt_name": "document" if prompts["query"] == prompts["document"] != "" else None,
             "similarity_fn_name": "cosine",
             "append_eos": embedder.append_eos,
         },

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from tiny import byte_tokenizer, config_file, learning, make_rows, random_lm, tiny_checkpoint, write_rows
+from tokenizers import processors
 
 import dream
 from eval import search
@@ -130,6 +131,35 @@ def test_a_training_embeds_as_its_retriever_was_saved_to(tmp_path, capsys):
     assert embedder.tokenize(["ab"], "query")[0][-1] == 256
     settings = json.loads((tmp_path / "run" / "settings.json").read_text())
     assert settings["query_prompt"] == "find: " and settings["append_eos"] is True
+
+
+def test_the_texts_of_a_bare_language_model_begin_with_its_bos(tmp_path, capsys):
+    """Where its tokenizer does not add it; a flag, the empty one too, and what was saved decide otherwise."""
+    open_ = {"max_length": 0, "query_prompt": None, "document_prompt": None, "append_eos": False}
+    folder = tiny_checkpoint(tmp_path / "tiny", bos_token_id=256)
+    taken = as_saved(folder, open_)
+    assert taken["query_prompt"] == taken["document_prompt"] == "<|endoftext|>"
+    assert "begins all texts" in capsys.readouterr().out
+    assert "query_prompt" not in as_saved(folder, open_ | {"query_prompt": ""})
+
+    embedder = load_embedder(folder, CPU, torch.float32)
+    assert embedder.prompts["query"] == ""  # only a training begins them so
+    save_embedder(embedder, tmp_path / "saved")
+    assert as_saved(tmp_path / "saved", open_)["query_prompt"] == ""
+
+    def prompt(change: dict, template: str | None = None) -> str:
+        (folder / "config.json").write_text(json.dumps(config | change))
+        tokenizer = byte_tokenizer()
+        if template:
+            special = [("<|endoftext|>", 256)]
+            tokenizer.post_processor = processors.TemplateProcessing(template, special_tokens=special)
+        tokenizer.save(str(folder / "tokenizer.json"))
+        return as_saved(folder, open_)["document_prompt"]
+
+    config = json.loads((folder / "config.json").read_text())
+    assert prompt({}) == "<|endoftext|>"
+    assert prompt({}, "<|endoftext|> $A") == ""  # Llama's adds it
+    assert [prompt({"bos_token_id": bos}) for bos in (None, 10**9, "x", -1)] == [""] * 4
 
 
 def test_a_kind_that_is_none_and_a_single_text(tmp_path):

@@ -75,7 +75,12 @@ def test_pefts_adapter_in_ours(tmp_path, causal, rslora):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"lora": False}, {"append_eos": True, "prompts": {"query": "find: ", "document": "text: "}}],
+    [
+        {},
+        {"lora": False},
+        {"append_eos": True, "prompts": {"query": "find: ", "document": "text: "}},
+        {"prompts": dict.fromkeys(("query", "document"), "<|endoftext|>")},
+    ],
 )
 def test_our_run_in_sentence_transformers(tmp_path, options):
     _, embedder = saved_run(tmp_path, **options)
@@ -83,6 +88,9 @@ def test_our_run_in_sentence_transformers(tmp_path, options):
     for kind in ("query", "document"):
         ours = embedder.embed(embedder.tokenize(TEXTS, kind)).detach()
         encoded = torch.from_numpy(theirs.encode(TEXTS, prompt_name=kind, batch_size=2))
+        torch.testing.assert_close(ours, encoded, rtol=0, atol=1e-5)
+    if embedder.prompts["query"] == embedder.prompts["document"]:  # then nobody has to say which
+        encoded = torch.from_numpy(theirs.encode(TEXTS, batch_size=2))
         torch.testing.assert_close(ours, encoded, rtol=0, atol=1e-5)
 
 
