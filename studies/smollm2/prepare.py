@@ -55,12 +55,14 @@ def write(path: Path, rows: list[dict]) -> None:
 
 
 def write_dataset(folder: Path, split: str, questions: list[dict], passages: list[dict]) -> None:
-    """Questions and passages in BEIR's layout."""
+    """Questions and passages in BEIR's layout. The split's qrels stand under the name "test" too, which is what
+    `dream.py train --test` reads."""
     write(folder / "corpus.jsonl", passages)
     write(folder / "queries.jsonl", [{"_id": q["id"], "text": q["query"]} for q in questions])
-    with writing(folder / "qrels" / f"{split}.tsv") as file:
-        file.write("query-id\tcorpus-id\tscore\n")
-        file.writelines(f"{q['id']}\t{q['passage_id']}\t1\n" for q in questions)
+    for name in {split, "test"}:
+        with writing(folder / "qrels" / f"{name}.tsv") as file:
+            file.write("query-id\tcorpus-id\tscore\n")
+            file.writelines(f"{q['id']}\t{q['passage_id']}\t1\n" for q in questions)
 
 
 def holds(text: str, answers: list[str]) -> bool:
