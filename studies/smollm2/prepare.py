@@ -55,7 +55,7 @@ def write(path: Path, rows: list[dict]) -> None:
 
 
 def write_dataset(folder: Path, split: str, questions: list[dict], passages: list[dict]) -> None:
-    """Questions and passages in BEIR's layout. The qrels stand under "test" too: `train --test` reads those."""
+    """Questions and passages in BEIR's layout. The qrels stand under "test" too, for `train --test`."""
     write(folder / "corpus.jsonl", passages)
     write(folder / "queries.jsonl", [{"_id": q["id"], "text": q["query"]} for q in questions])
     for name in {split, "test"}:
