@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from tools.compare import fold, holm, sign_flip_p, summary
+from tools.compare import compare, fold, holm, sign_flip_p, summary
 
 
 def p_of(differences, *flips):
@@ -52,3 +52,21 @@ def test_folding_keeps_every_column_within_the_width():
     text = fold(rows)
     assert max(map(len, text.splitlines())) <= 100
     assert re.findall(r"column \d+", text) == rows[0][1:] and text.count("a\\|name") > 1
+
+
+def test_a_run_is_compared_with_the_same_seeds_of_the_first():
+    def scores(value):
+        after = {"ndcg@10": value, "groups": {}, "per_query": {f"q{i}": value + i / 100 for i in range(8)}}
+        costs = {"dev": None, "retriever_tokens": 1, "seconds": 1.0}
+        return {"state": "finished", "datasets": {"toy": {"after": after}}, **costs}
+
+    first, one, none = entries = [
+        {"name": "first", "seeds": {"0": scores(0.2), "1": scores(0.4), "2": {"state": "failed"}}},
+        {"name": "one", "seeds": {"1": scores(0.45)}},
+        {"name": "none", "seeds": {"2": scores(0.5)}},
+    ]
+    compare(entries)
+    assert first["datasets"]["toy"]["mean"] == pytest.approx(0.3)
+    assert one["datasets"]["toy"]["difference"] == pytest.approx(0.05)  # not 0.15
+    assert one["datasets"]["toy"]["p_holm"] == one["datasets"]["toy"]["p"]  # a single comparison
+    assert none["datasets"]["toy"]["mean"] == 0.5 and "difference" not in none["datasets"]["toy"]

@@ -17,10 +17,10 @@ from tools import figures
 from tools.export import table
 
 FLIPS = 100_000
-LEGEND = f"""Means and sample standard deviations over seeds. Difference: to *FIRST*, the mean over queries.
-p: two-sided paired randomisation test over queries, {FLIPS:,} random sign flips, scores averaged over seeds
-first (Smucker, Allan and Carterette, CIKM 2007); it tells about other queries, not about other seeds. Holm:
-adjusted over all comparisons of a dataset in this study. Each run and seed: results.json."""
+LEGEND = f"""Means and sample standard deviations over seeds. Difference: to *FIRST* with the same seeds, the mean
+over queries. p: two-sided paired randomisation test over queries, {FLIPS:,} random sign flips, scores averaged
+over seeds first (Smucker, Allan and Carterette, CIKM 2007); it tells about other queries, not about other seeds.
+Holm: adjusted over all comparisons of a dataset in this study. Each run and seed: results.json."""
 
 
 @cache
@@ -80,33 +80,38 @@ def read_scores(run: Path) -> dict:
         raise InputError(f"{run}: not as train writes it ({error!r}); delete it to run it again") from error
 
 
-def finished(entry: dict) -> list[dict]:
-    return [scores for scores in entry["seeds"].values() if scores["state"] == "finished"]
+def finished(entry: dict) -> dict[str, dict]:
+    """The finished seeds and their scores."""
+    return {seed: scores for seed, scores in entry["seeds"].items() if scores["state"] == "finished"}
 
 
 def compare(entries: list[dict]) -> None:
-    """Add to each entry its means over seeds, its difference to the first entry, and p values."""
-    first: dict[str, dict[str, float]] = {}  # the first entry's scores: dataset -> query -> NDCG@10
+    """Add to each entry its means over seeds, its difference to the same seeds of the first entry, p values."""
+    first: dict[str, dict[str, dict[str, float]]] = {}  # NDCG@10: dataset -> seed -> query
     for entry in entries:
         done, entry["datasets"] = finished(entry), {}
-        for dataset in done[0]["datasets"] if done else []:
-            after = [scores["datasets"][dataset]["after"] for scores in done]
-            queries = [own.pop("per_query") for own in after]
-            if any(own.keys() != queries[0].keys() for own in [*queries, first.get(dataset, queries[0])]):
+        for dataset in next(iter(done.values()))["datasets"] if done else []:
+            after = {seed: scores["datasets"][dataset]["after"] for seed, scores in done.items()}
+            queries = {seed: own.pop("per_query") for seed, own in after.items()}
+            base = first.get(dataset, queries)
+            names = next(iter(base.values())).keys()
+            if any(own.keys() != names for own in queries.values()):
                 raise InputError(f"{entry['name']}: seeds or first run had other queries of {dataset}")
-            means = {query: fmean(own[query] for own in queries) for query in queries[0]}
-            own = {"queries": len(means)} | summary([own["ndcg@10"] for own in after])
-            own["groups"] = {g: summary([own["groups"][g] for own in after]) for g in after[0]["groups"]}
+            own = {"queries": len(names)} | summary([own["ndcg@10"] for own in after.values()])
+            groups = [own["groups"] for own in after.values()]
+            own["groups"] = {group: summary([means[group] for means in groups]) for group in groups[0]}
             if entry is entries[0]:
-                first[dataset] = means
-            elif dataset in first:
-                differences = tuple(means[query] - score for query, score in first[dataset].items())
+                first[dataset] = queries
+            elif dataset in first and (shared := [seed for seed in queries if seed in base]):
+                differences = tuple(
+                    fmean(queries[seed][name] - base[seed][name] for seed in shared) for name in names
+                )
                 own |= {"difference": fmean(differences), "p": sign_flip_p(differences)}
             entry["datasets"][dataset] = own
         for cost in ("dev", "retriever_tokens", "seconds"):
-            entry[cost] = summary([scores[cost] for scores in done if scores[cost] is not None])
+            entry[cost] = summary([scores[cost] for scores in done.values() if scores[cost] is not None])
     for dataset in first:
-        compared = [entry["datasets"][dataset] for entry in entries[1:] if dataset in entry["datasets"]]
+        compared = [own for entry in entries[1:] if "p" in (own := entry["datasets"].get(dataset, {}))]
         for own, p in zip(compared, holm([own["p"] for own in compared]), strict=True):
             own["p_holm"] = p
 
@@ -132,7 +137,7 @@ def fold(rows: list[list[str]], width: int = 100) -> str:
 
 def score_table(dataset: str, entries: list[dict], baselines: bool) -> str:
     """The baselines' scores on a dataset, then the entries' with their differences to the first entry."""
-    done = [(entry["name"], own["datasets"][dataset]) for entry in entries for own in finished(entry)]
+    done = [(entry["name"], own["datasets"][dataset]) for entry in entries for own in finished(entry).values()]
     groups = sorted({group for _, own in done for group in own["after"]["groups"]})
     rows = [["run", "seeds", "NDCG@10", "difference", "p", "p (Holm)", *groups]]
     for kind, title in (("bm25", "BM25"), ("before", "untrained retriever")) if baselines else ():
@@ -195,7 +200,7 @@ def draw(item: dict, entries: list[dict], x: list) -> str:
     def average(scores: dict, kind: str) -> float:
         return fmean(own[kind]["ndcg@10"] for own in scores["datasets"].values())
 
-    seeds = {entry["name"]: finished(entry) for entry in entries}
+    seeds = {entry["name"]: [*finished(entry).values()] for entry in entries}
     known = [scores for name in item["runs"] for scores in seeds[name]]
     if not known:
         return ""
