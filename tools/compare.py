@@ -17,10 +17,10 @@ from tools import figures
 from tools.export import table
 
 FLIPS = 100_000
-LEGEND = f"""Means and sample standard deviations over seeds. Difference: to *FIRST* with the same seeds, the mean
-over queries. p: two-sided paired randomisation test over queries, {FLIPS:,} random sign flips, scores averaged
-over seeds first (Smucker, Allan and Carterette, CIKM 2007); it tells about other queries, not about other seeds.
-Holm: adjusted over all comparisons of a dataset in this study. Each run and seed: results.json."""
+LEGEND = f"""Means and sample standard deviations over seeds. Difference: to *FIRST* with the same seeds, the
+mean over queries. p: two-sided paired randomisation test over queries, {FLIPS:,} random sign flips, scores
+averaged over seeds first (Smucker, Allan and Carterette, CIKM 2007); it tells about other queries, not about
+other seeds. Holm: adjusted over all comparisons of a dataset. Each run and seed: results.json."""
 
 
 @cache
@@ -86,7 +86,7 @@ def finished(entry: dict) -> dict[str, dict]:
 
 
 def compare(entries: list[dict]) -> None:
-    """Add to each entry its means over seeds, its difference to the same seeds of the first entry, p values."""
+    """Add to each entry its means over seeds, its difference to the first one's same seeds, and p values."""
     first: dict[str, dict[str, dict[str, float]]] = {}  # NDCG@10: dataset -> seed -> query
     for entry in entries:
         done, entry["datasets"] = finished(entry), {}
@@ -137,7 +137,8 @@ def fold(rows: list[list[str]], width: int = 100) -> str:
 
 def score_table(dataset: str, entries: list[dict], baselines: bool) -> str:
     """The baselines' scores on a dataset, then the entries' with their differences to the first entry."""
-    done = [(entry["name"], own["datasets"][dataset]) for entry in entries for own in finished(entry).values()]
+    seeds = [(entry["name"], finished(entry).values()) for entry in entries]
+    done = [(name, own["datasets"][dataset]) for name, scores in seeds for own in scores]
     groups = sorted({group for _, own in done for group in own["after"]["groups"]})
     rows = [["run", "seeds", "NDCG@10", "difference", "p", "p (Holm)", *groups]]
     for kind, title in (("bm25", "BM25"), ("before", "untrained retriever")) if baselines else ():
