@@ -137,8 +137,8 @@ def fold(rows: list[list[str]], width: int = 100) -> str:
 
 def score_table(dataset: str, entries: list[dict], baselines: bool) -> str:
     """The baselines' scores on a dataset, then the entries' with their differences to the first entry."""
-    seeds = [(entry["name"], finished(entry).values()) for entry in entries]
-    done = [(name, own["datasets"][dataset]) for name, scores in seeds for own in scores]
+    scored = [(entry["name"], finished(entry).values()) for entry in entries]
+    done = [(name, own["datasets"][dataset]) for name, scores in scored for own in scores]
     groups = sorted({group for _, own in done for group in own["after"]["groups"]})
     rows = [["run", "seeds", "NDCG@10", "difference", "p", "p (Holm)", *groups]]
     for kind, title in (("bm25", "BM25"), ("before", "untrained retriever")) if baselines else ():
